@@ -1,0 +1,53 @@
+# Every target builds its own environment in .venv from nothing and leaves it alone once it is there.
+#   make demo    prepare, pretrain, fine-tune, export and report on made-up subjects
+#   make test    the tests that everybody runs; make test-all adds the long ones; make lint; make wheel
+# PYTHON chooses the interpreter, PIP_OPTIONS goes to every `pip install`.
+
+PYTHON ?= python3
+PIP_OPTIONS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_OPTIONS) --constraint constraints.txt
+NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+
+.PHONY: demo test test-all lint format wheel clean
+
+demo: $(VENV)/.built
+	$(BIN)/voxtrast demo --output runs/demo
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.built
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.built .typing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=.typing $(BIN)/mypy --namespace-packages --explicit-package-bases -p voxtrast
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/.built
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) .typing build dist *.egg-info kernels/*.so
+
+# torch comes first and alone: the build needs it, and what follows must find it there (see constraints.txt).
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools wheel ninja
+	@touch $@
+
+# Our own package is built in this environment: an isolated build would fetch another torch.
+$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+# The type checker follows paths, and the package is a namespace over folders: it gets the namespace as links.
+.typing:
+	mkdir -p .typing/voxtrast
+	for folder in kernels methods engine; do ln -sfn "$(CURDIR)/$$folder" .typing/voxtrast/$$folder; done
