@@ -1,0 +1,34 @@
+"""What is learned: networks, views, losses and recipes of the pretraining methods."""
+
+from importlib import resources
+from typing import Any
+
+from .backbone import Backbone, BackboneConfig, build_network, transferable_state
+from .cover import Cover
+from .method import Batch, Method
+from .views import AffineRanges, AppearanceRanges, View, ViewSpec
+
+METHODS: dict[str, Any] = {"cover": Cover}
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    folder = resources.files(__package__) / "recipes"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+__all__ = [
+    "METHODS",
+    "AffineRanges",
+    "AppearanceRanges",
+    "Backbone",
+    "BackboneConfig",
+    "Batch",
+    "Cover",
+    "Method",
+    "View",
+    "ViewSpec",
+    "build_network",
+    "recipe_names",
+    "transferable_state",
+]

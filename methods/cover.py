@@ -1,0 +1,211 @@
+"""COVER: vector contrastive learning (He et al., ICCV 2025), in 3-D and 2-D.
+
+One image gives two views: `fixed` is the image under a random affine field psi, `moving` the image under a change of
+appearance. From the features of both a pyramid of local correlations regresses psi itself, voxel by voxel; a cosine
+term pulls corresponding features together. Nothing is pushed apart by hand: to tell neighbours apart is what the
+regression needs.
+
+    fixed(p) = image(p + psi(p))            L = w_v L_vec + w_c L_con
+    L_vec = sum_p eps(p) |psi'(p) - psi(p)|_1 / sum_p eps(p)                       psi' from `vector_pyramid`
+    L_con = 1 - sum_p eps(p) cos(f_fixed(p), W(f_moving, psi)(p)) / sum_p eps(p)   f = the full-resolution map
+
+eps is 1 where p + psi(p) lies inside the crop and the volume.
+
+Departures from the official code, with reasons:
+- One convention throughout: voxel units, voxel centres, a zero field is exactly the identity. The official sampler
+  mixes two grid conventions, so that a zero field shifts by up to half a voxel.
+- Fields are upsampled with voxel cells aligned (factor exactly 2), as strided and transposed convolutions align the
+  maps themselves; with aligned corners the factor would be (2n-1)/(n-1), not the 2 that the vectors are scaled by.
+- The radius is the recipe's (the official code ignores it), and a transform that the pyramid cannot reach is refused
+  (`max_unreachable`): with the official ranges 85 % of the valid pixels move further than the pyramid can say.
+- Channel c of a head belongs to unit c // unit_channels; the official code interleaves, which is a renaming.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import compose_displacement, local_correlation, vector_regression_loss, warp, warped_cosine_loss
+from .backbone import Backbone, BackboneConfig
+from .method import Batch, Method
+from .views import AffineRanges, AppearanceRanges, View, ViewSpec
+
+
+@dataclass
+class CoverViews:
+    """The two views of COVER."""
+
+    crop: list[int] = field(default_factory=lambda: [96, 96, 96])  # D, H, W voxels (H, W for 2-D)
+    affine: AffineRanges = field(default_factory=AffineRanges)  # of the fixed view
+    appearance: AppearanceRanges = field(default_factory=AppearanceRanges)  # of the moving view
+
+
+@dataclass
+class CoverConfig:
+    """The paper's symbols: radius = a, units = J per level from coarse to fine, unit_channels = d."""
+
+    name: str = "cover"
+    radius: int = 2
+    units: list[int] = field(default_factory=lambda: [4, 4, 4, 1, 1])
+    unit_channels: int = 8
+    vector_weight: float = 1.0
+    consistency_weight: float = 1.0
+    max_unreachable: float = 0.05  # refused above: share of valid voxels that move further than the pyramid reaches
+
+
+class VectorHead(nn.Module):
+    """1x1 convolution and a norm over the whole sample: the vector units of one level."""
+
+    def __init__(self, channels: int, units: int, unit_channels: int, dimensions: int) -> None:
+        super().__init__()
+        convolution = nn.Conv3d if dimensions == 3 else nn.Conv2d
+        self.convolution = convolution(channels, units * unit_channels, kernel_size=1)
+        self.norm = nn.GroupNorm(1, units * unit_channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.norm(self.convolution(features))
+
+
+def double_resolution(displacement: Tensor) -> Tensor:
+    """The same field on a grid twice as fine: linear interpolation with aligned cells, vectors doubled."""
+    mode = "trilinear" if displacement.ndim == 5 else "bilinear"
+    return F.interpolate(2 * displacement, scale_factor=2, mode=mode, align_corners=False)
+
+
+def vector_pyramid(
+    fixed: Sequence[Tensor], moving: Sequence[Tensor], heads: Sequence[nn.Module], units: Sequence[int], radius: int
+) -> Tensor:
+    """Coarse-to-fine aggregation of local correlations to one displacement field (COVER, vector pyramid aggregation).
+
+        level 0:  phi = up(u_0)        level l:  phi <- W(up(phi), w) + w,  w = up(u_l)        last:  w = u_l, no up
+
+    with u_l the local correlation of the fixed map with the moving map warped by the phi so far.
+
+    Args:
+        fixed, moving: maps (B, C_l, *S_l) of each level, coarse to fine, sizes doubling.
+        heads: module per level giving (B, units_l * d, *S_l).
+        units: vector units per level.
+        radius: reach of one local correlation, voxels of its level.
+
+    Returns: displacement (B, D, *S) in voxels of the finest level, float32.
+    """
+    last = len(heads) - 1
+    total: Tensor | None = None
+    for level, head in enumerate(heads):
+        aligned = moving[level] if total is None else warp(moving[level], total)
+        vectors = local_correlation(head(fixed[level]), head(aligned), radius=radius, units=units[level]).float()
+        if level < last:
+            vectors = double_resolution(vectors)
+            total = total if total is None else double_resolution(total)
+        total = vectors if total is None else compose_displacement(total, vectors)
+    assert total is not None
+    return total
+
+
+def pyramid_reach(radius: int, levels: int) -> int:
+    """The largest displacement component that `vector_pyramid` can express, in voxels of the finest level."""
+    return radius * (2**levels - 1)
+
+
+class Cover(Method):
+    name = "cover"
+    Config = CoverConfig
+    Views = CoverViews
+
+    def __init__(self, config: CoverConfig, backbone: BackboneConfig, views: CoverViews) -> None:
+        super().__init__()
+        if len(config.units) != backbone.levels:
+            raise ValueError(
+                f"method.units: expected one number per backbone level ({backbone.levels}), got {list(config.units)}"
+            )
+        if len(views.crop) != backbone.dimensions or any(size % backbone.stride for size in views.crop):
+            raise ValueError(
+                f"views.crop: expected {backbone.dimensions} multiples of {backbone.stride} "
+                f"({backbone.levels} levels), got {list(views.crop)}"
+            )
+        if config.radius < 1:
+            raise ValueError(f"method.radius: expected at least 1 voxel, got {config.radius}")
+        self.config = config
+        self.backbone = Backbone(backbone)
+        channels = list(backbone.features)[::-1]
+        self.heads = nn.ModuleList(
+            VectorHead(width, units, config.unit_channels, backbone.dimensions)
+            for width, units in zip(channels, config.units, strict=True)
+        )
+        self.reach = pyramid_reach(config.radius, backbone.levels)
+        self.views = ViewSpec(
+            crop=tuple(views.crop),
+            views={"moving": View(appearance=views.appearance), "fixed": View(affine=views.affine, displacement=True)},
+        )
+
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        predicted, fixed_features, moving_features = self._match(batch["fixed"], batch["moving"])
+        displacement, mask = batch["displacement"], batch["mask"]
+        share = batch.get("share", {}).get("valid_voxels", 1.0)
+        self._monitor(predicted, displacement, mask, share)
+        vector = vector_regression_loss(predicted, displacement, mask)
+        consistency = warped_cosine_loss(fixed_features, moving_features, displacement, mask)
+        return {
+            "vector": self.config.vector_weight * share * vector,
+            "consistency": self.config.consistency_weight * share * consistency,
+        }
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        return {"valid_voxels": batch["mask"].sum(dtype=torch.float64)}
+
+    def preflight(self, batches: Iterable[Batch]) -> dict[str, float]:
+        unreachable = valid = 0.0
+        for batch in batches:
+            count = float(self.counts(batch)["valid_voxels"])
+            unreachable += float(self._unreachable(batch["displacement"], batch["mask"])) * count
+            valid += count
+        if valid == 0:
+            raise ValueError(
+                "views.affine: no voxel of the views looked at stays inside its crop; "
+                "lower views.affine.translation_voxels or rotation_degrees"
+            )
+        fraction = unreachable / valid
+        if fraction > self.config.max_unreachable:
+            raise ValueError(
+                f"views.affine: {fraction:.1%} of the valid voxels move further than the pyramid reaches "
+                f"({self.reach} voxels: radius {self.config.radius}, {len(self.heads)} levels), more than "
+                f"method.max_unreachable={self.config.max_unreachable:.1%}; lower views.affine, or raise "
+                f"method.radius or the number of backbone levels"
+            )
+        return {"unreachable_fraction": fraction, "reach_voxels": float(self.reach)}
+
+    @torch.no_grad()
+    def inspect(self, batch: Batch) -> dict[str, Tensor]:
+        """The recovered displacement (B, D, *S) and the full-resolution features of the fixed view (B, C, *S)."""
+        predicted, fixed_features, _ = self._match(batch["fixed"], batch["moving"])
+        return {"displacement": predicted, "features": fixed_features}
+
+    def transferable(self) -> dict[str, Tensor]:
+        return self.backbone.transferable()
+
+    def _match(self, fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Displacement and the full-resolution maps of both views, which share one pass through the network."""
+        _, maps = self.backbone(torch.cat((fixed, moving)))
+        count = fixed.shape[0]
+        fixed_maps, moving_maps = [m[:count] for m in maps], [m[count:] for m in maps]
+        predicted = vector_pyramid(fixed_maps, moving_maps, list(self.heads), self.config.units, self.config.radius)
+        return predicted, fixed_maps[-1], moving_maps[-1]
+
+    def _unreachable(self, displacement: Tensor, mask: Tensor) -> Tensor:
+        far = (displacement.abs().amax(dim=1, keepdim=True) > self.reach).to(mask.dtype)
+        return (far * mask).sum() / mask.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def _monitor(self, predicted: Tensor, displacement: Tensor, mask: Tensor, share: Tensor | float) -> None:
+        def mean(values: Tensor) -> Tensor:
+            return share * (values * mask).sum() / mask.sum().clamp(min=1)
+
+        self.monitors = {
+            "displacement_error": mean((predicted.float() - displacement).norm(dim=1, keepdim=True)),
+            "zero_error": mean(displacement.norm(dim=1, keepdim=True)),
+            "unreachable_fraction": share * self._unreachable(displacement, mask),
+            "valid_fraction": mask.mean(),
+        }

@@ -1,0 +1,191 @@
+from typing import cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from voxtrast.methods import BackboneConfig, cover
+from voxtrast.methods.cover import Cover, CoverConfig, CoverViews, double_resolution, pyramid_reach, vector_pyramid
+
+SMALL = BackboneConfig(features=[8, 16, 16], encoder_blocks=[1], decoder_blocks=[1])
+
+
+def small_cover(**config: object) -> Cover:
+    torch.manual_seed(0)
+    return Cover(CoverConfig(units=[2, 1, 1], **config), SMALL, CoverViews(crop=[16, 16, 16]))
+
+
+def small_batch(count: int = 2, seed: int = 0, shift: float = 1.0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    size = (count, 1, 16, 16, 16)
+    mask = (torch.rand(size, generator=generator) > 0.3).float()
+    mask[0, :, :8] = 0  # samples with different numbers of valid voxels
+    return {
+        "fixed": torch.randn(size, generator=generator),
+        "moving": torch.randn(size, generator=generator),
+        "displacement": shift * torch.randn(count, 3, 16, 16, 16, generator=generator),
+        "mask": mask,
+    }
+
+
+def affine_field(matrix: Tensor, translation: Tensor, size: int, spacing: float) -> Tensor:
+    """(1, 3, size^3) displacement, in voxels of a grid of this spacing, of one affine map about the world's origin."""
+    axis = (torch.arange(size, dtype=torch.float64) + 0.5) * spacing
+    points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
+    moved = torch.einsum("ij,jdhw->idhw", matrix, points) + translation[:, None, None, None]
+    return ((moved - points) / spacing)[None]
+
+
+def test_doubling_the_resolution_keeps_an_affine_field_what_it_is() -> None:
+    matrix = torch.eye(3, dtype=torch.float64) + 0.1 * torch.randn(3, 3, dtype=torch.float64)
+    translation = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    coarse, fine = (affine_field(matrix, translation, size, 16 / size) for size in (8, 16))
+    doubled = double_resolution(coarse)
+    inner = (..., slice(1, -1), slice(1, -1), slice(1, -1))  # the border is extrapolated flat
+    torch.testing.assert_close(doubled[inner], fine[inner], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4, 5])
+def test_the_reach_is_what_the_pyramid_says_when_every_level_says_its_most(
+    levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    radius = 2
+
+    def saturated(query: Tensor, key: Tensor, **options: object) -> Tensor:
+        return torch.full((query.shape[0], 2, *query.shape[2:]), float(radius))
+
+    monkeypatch.setattr(cover, "local_correlation", saturated)
+    base = 16
+    maps = [torch.zeros(1, 1, base * 2**level, base * 2**level) for level in range(levels)]
+    found = vector_pyramid(maps, maps, [nn.Identity()] * levels, [1] * levels, radius)
+    assert found[0, :, 0, 0].tolist() == [pyramid_reach(radius, levels)] * 2
+
+
+@pytest.mark.parametrize(
+    ("levels", "shift"), [(1, (2, -1, 0)), (2, (4, -2, 0)), (3, (4, 0, -4)), (3, (8, -4, 0)), (3, (-8, 8, 4))]
+)
+def test_a_shift_between_two_maps_is_recovered(levels: int, shift: tuple[int, int, int]) -> None:
+    """fixed(p) = moving(p + shift), with features sharp enough that the softmax picks one offset.
+
+    The shifts are whole voxels of the coarsest level, so that each level can say its part exactly.
+    """
+    torch.manual_seed(0)
+    size, margin = 32, 8
+    world = torch.randn(1, 8, *[size + 2 * margin] * 3)
+
+    def pyramid(offset: tuple[int, int, int]) -> list[Tensor]:
+        d, h, w = (margin + o for o in offset)
+        fine = world[:, :, d : d + size, h : h + size, w : w + size]
+        return [F.avg_pool3d(fine, 2**level) if level else fine for level in reversed(range(levels))]
+
+    def sharpen(maps: Tensor) -> Tensor:
+        return 60 * F.normalize(maps, dim=1)
+
+    heads = [cast(nn.Module, sharpen)] * levels
+    found = vector_pyramid(pyramid(shift), pyramid((0, 0, 0)), heads, [1] * levels, radius=2)
+    inner = found[:, :, 12:-12, 12:-12, 12:-12]
+    error = (inner - torch.tensor(shift, dtype=torch.float32).view(1, 3, 1, 1, 1)).abs().max()
+    assert error < 0.01
+
+
+def test_parts_of_a_batch_with_their_shares_sum_to_the_whole() -> None:
+    method = small_cover().double()
+    whole = {key: value.double() for key, value in small_batch(count=3).items()}
+    losses = method(whole, 0)
+    sum(losses.values()).backward()  # type: ignore[union-attr]
+    expected = {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}
+    expected_monitors = dict(method.monitors)
+    method.zero_grad()
+
+    parts = [{key: value[:1] for key, value in whole.items()}, {key: value[1:] for key, value in whole.items()}]
+    counts = [method.counts(part)["valid_voxels"] for part in parts]
+    assert counts[0] < counts[1] / 3
+    total, monitors = 0.0, {}
+    for part, count in zip(parts, counts, strict=True):
+        part["share"] = {"valid_voxels": (2 * count / sum(counts))}
+        loss = torch.stack(list(method(part, 0).values())).sum() / 2
+        loss.backward()
+        total += loss.item()
+        for name, value in method.monitors.items():
+            monitors[name] = monitors.get(name, 0) + value / 2
+    assert total == pytest.approx(sum(losses.values()).item(), rel=1e-12)  # type: ignore[union-attr]
+    for name in ("displacement_error", "zero_error", "unreachable_fraction"):
+        assert monitors[name].item() == pytest.approx(expected_monitors[name].item(), rel=1e-6)
+    for name, parameter in method.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_every_trained_parameter_gets_a_gradient() -> None:
+    method = small_cover()
+    torch.stack(list(method(small_batch(), 0).values())).sum().backward()
+    without = [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+
+
+def test_a_batch_without_valid_voxels_has_no_loss_and_no_gradient() -> None:
+    method = small_cover()
+    batch = small_batch() | {"mask": torch.zeros(2, 1, 16, 16, 16)}
+    total = torch.stack(list(method(batch, 0).values())).sum()
+    total.backward()
+    assert total.item() == 0
+    assert all(torch.isfinite(p.grad).all() and not p.grad.any() for p in method.parameters() if p.grad is not None)
+
+
+def test_a_transform_beyond_the_pyramids_reach_is_refused() -> None:
+    method = small_cover()  # reach 2 * 7 = 14 voxels
+    assert method.preflight([small_batch()])["unreachable_fraction"] == 0
+    with pytest.raises(ValueError, match=r"reaches \(14 voxels"):
+        method.preflight([small_batch(), small_batch(shift=30.0)])
+    with pytest.raises(ValueError, match="no voxel"):
+        method.preflight([small_batch() | {"mask": torch.zeros(2, 1, 16, 16, 16)}])
+
+
+def test_the_unreachable_share_is_counted_over_valid_voxels() -> None:
+    method = small_cover(max_unreachable=0.5)
+    batch = small_batch(count=1, shift=0.0)
+    batch["mask"][:] = 1
+    batch["mask"][..., 12:] = 0
+    batch["displacement"][:, 1, ..., :3] = 14.5  # a quarter of the valid voxels
+    batch["displacement"][:, 1, ..., 3:6] = 14.0  # just within reach
+    batch["displacement"][:, 1, ..., 12:] = 99.0  # not valid
+    assert method.preflight([batch])["unreachable_fraction"] == pytest.approx(0.25)
+
+
+def test_consistency_is_zero_for_features_that_follow_the_field() -> None:
+    batch = small_batch(shift=0.0)
+    batch["moving"] = batch["fixed"]
+    assert small_cover()(batch, 0)["consistency"].item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "views", "named"),
+    [
+        (CoverConfig(units=[1, 1]), CoverViews(crop=[16, 16, 16]), "method.units"),
+        (CoverConfig(units=[1, 1, 1]), CoverViews(crop=[16, 18, 16]), "views.crop"),
+        (CoverConfig(units=[1, 1, 1]), CoverViews(crop=[16, 16]), "views.crop"),
+        (CoverConfig(units=[1, 1, 1], radius=0), CoverViews(crop=[16, 16, 16]), "method.radius"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_together_is_named(
+    config: CoverConfig, views: CoverViews, named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        Cover(config, SMALL, views)
+
+
+def test_two_dimensions() -> None:
+    torch.manual_seed(0)
+    backbone = BackboneConfig(dimensions=2, features=[8, 16, 16], norm="group", encoder_blocks=[1], decoder_blocks=[1])
+    method = Cover(CoverConfig(units=[2, 1, 1]), backbone, CoverViews(crop=[16, 24]))
+    batch = {
+        "fixed": torch.randn(2, 1, 16, 24),
+        "moving": torch.randn(2, 1, 16, 24),
+        "displacement": torch.randn(2, 2, 16, 24),
+        "mask": torch.ones(2, 1, 16, 24),
+    }
+    total = torch.stack(list(method(batch, 0).values())).sum()
+    total.backward()
+    assert torch.isfinite(total)
+    assert method.inspect(batch)["displacement"].shape == (2, 2, 16, 24)
