@@ -1,0 +1,120 @@
+"""What a worker process does with one source: digests, series of a folder, conversion. Jobs and replies are JSON."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+
+from . import dicom, normalise, store
+from .headers import check_regular, detached_files
+from .reading import Volume, read_label, read_volume
+from .rejection import RejectedError
+
+
+def perform(job: dict[str, Any]) -> dict[str, Any]:
+    """Do one job. The reply has one of the keys done, rejected (reason, remedy, label) or store_error."""
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    task = {"series": _series, "digest": _digest, "convert": _convert}[job["task"]]
+    try:
+        return {"done": task(job)}
+    except RejectedError as error:
+        return _rejected(error.reason, error.remedy, error)
+    except store.StoreWriteError as error:
+        return {"store_error": error.detail, "number": error.number}
+    except MemoryError as error:
+        return _rejected("needs more memory than there is", "use fewer workers, or a machine with more memory", error)
+    except OSError as error:
+        return _rejected(f"cannot be read: {error.strerror or error}", "make the file readable and run again", error)
+    except Exception as error:  # one strange file must not stop the others
+        reason = f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return _rejected(reason, "report it with the file, or remove the file", error)
+
+
+def _rejected(reason: str, remedy: str, error: BaseException) -> dict[str, Any]:
+    return {"rejected": {"reason": reason, "remedy": remedy, "label": getattr(error, "of_label", False)}}
+
+
+class _OfLabel:
+    """Marks every exception raised inside as being about the label and not about the image."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            error.of_label = True  # type: ignore[attr-defined]
+
+
+def _series(job: dict[str, Any]) -> list[dict[str, object]]:
+    return dicom.list_series(Path(job["folder"]))
+
+
+def _digest(job: dict[str, Any]) -> dict[str, str | None]:
+    """sha256 of the source and of its label. Several files: of their digests, sorted, so that names do not matter."""
+    files = [Path(file) for file in job["files"]]
+    for file in files:
+        check_regular(file)
+    if len(files) == 1:
+        files += detached_files(files[0])
+    label = None
+    if job["label"] is not None:
+        with _OfLabel():
+            check_regular(Path(job["label"]))
+            label = _combined([Path(job["label"]), *detached_files(Path(job["label"]))])
+    return {"source": _combined(files), "label": label}
+
+
+def _combined(files: list[Path]) -> str:
+    digests = sorted(store.file_sha256(file) for file in files)
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _convert(job: dict[str, Any]) -> dict[str, Any]:
+    """Read, check, normalise, resample and store one volume and its label; returns the fields of its Case."""
+    settings = job["settings"]
+    volume = read_volume([Path(file) for file in job["files"]], job["dicom"])
+    spacing = volume.spacing_mm
+    grid = normalise.isotropic_grid(volume.values.shape, spacing, settings["spacing_mm"])
+    normalise.check_grid(grid, settings["minimum_size_voxels"], spacing, settings["spacing_mm"])
+    normalise.check_values(volume.values)
+    label = None
+    if job["label"] is not None:
+        with _OfLabel():
+            label = normalise.resample_label(read_label(Path(job["label"]), volume), grid)
+    modality = _modality(volume, settings["modality"])
+    values = normalise.resample_image(normalise.normalise(volume.values, modality), grid)
+    stored = values.astype(settings["dtype"])
+    affine = grid.affine(volume.affine)
+    target, name = Path(job["store"]), f"{job['id']}.npy"
+    label_fields: dict[str, Any] = {}
+    if label is not None:
+        label_fields = {
+            "label_sha256": store.write_array(target / store.LABELS / name, label),
+            "label_dtype": str(label.dtype),
+            "label_classes": [int(each) for each in np.unique(label) if each != 0],
+        }
+    return {
+        "shape": [int(each) for each in stored.shape],
+        "spacing_mm": [float(each) for each in np.linalg.norm(affine[:3, :3], axis=0)],
+        "affine": affine.tolist(),
+        "modality": modality,
+        "dtype": settings["dtype"],
+        "intensity": normalise.describe(stored),
+        "sha256": store.write_array(target / store.VOLUMES / name, stored),
+        **label_fields,
+    }
+
+
+def _modality(volume: Volume, wanted: str) -> str:
+    """The setting, else the DICOM tag, else a look at the values."""
+    if wanted != "auto":
+        return wanted
+    if not volume.modality:
+        return normalise.guess_modality(volume.values)
+    if volume.modality in ("CT", "MR"):
+        return volume.modality.lower()
+    reason = f"DICOM modality {volume.modality}, CT or MR was expected"
+    raise RejectedError(reason, "remove it, or prepare with modality mr (percentiles) or ct (HU) to use it anyway")

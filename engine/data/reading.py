@@ -1,0 +1,147 @@
+"""Reads one volume or label from its files and turns its axes to RAS. All of SimpleITK's conventions end here.
+
+SimpleITK gives arrays (z, y, x) and geometry in LPS millimetres; what leaves this module is (D, H, W) with voxel
+indices increasing toward superior, anterior, right, and an affine (d, h, w, 1) -> RAS millimetres.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from .dicom import check_slices
+from .headers import COPY_AGAIN, check_nifti, check_spacing, check_three_dimensional
+from .rejection import RejectedError
+
+LABEL_TOLERANCE_VOXELS = 0.1  # headers store geometry as float32; a tenth of a voxel is beyond any rounding
+
+
+@dataclass(frozen=True)
+class Volume:
+    """values (D, H, W) in the file's own type; affine (4, 4); modality from the header ("CT", "MR", ...) or ""."""
+
+    values: np.ndarray
+    affine: np.ndarray
+    modality: str = ""
+
+    @property
+    def spacing_mm(self) -> np.ndarray:
+        """(3,) lengths of a voxel along D, H, W."""
+        return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+
+def read_volume(files: list[Path], dicom: bool) -> Volume:
+    """Read one source. Raises RejectedError with a reason for a person; never lets a reader's own exception out."""
+    try:
+        image, modality = _read_series(files) if dicom else (_read_file(files[0]), "")
+        values, affine = _to_ras(image)
+    except RuntimeError as error:
+        raise RejectedError(*_readable(str(error), files[0])) from None
+    return Volume(values, affine, modality)
+
+
+def _read_file(path: Path) -> sitk.Image:
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        check_nifti(path)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    _check_information(reader)
+    return _squeeze(reader.Execute())
+
+
+def _check_information(reader: sitk.ImageFileReader) -> None:
+    check_three_dimensional(tuple(reader.GetSize()))
+    check_spacing(tuple(reader.GetSpacing()[:3]))
+    if (channels := reader.GetNumberOfComponents()) > 1:
+        reason = f"has {channels} values for each voxel, one was expected"
+        raise RejectedError(reason, "split it into one file for each channel")
+    if "complex" in sitk.GetPixelIDValueAsString(reader.GetPixelID()):
+        raise RejectedError("has complex values", "store the magnitude image")
+
+
+def _squeeze(image: sitk.Image) -> sitk.Image:
+    """Drop axes of length one after the third."""
+    while image.GetDimension() > 3:
+        image = sitk.Extract(image, [*image.GetSize()[:-1], 0], [0] * image.GetDimension())
+    return image
+
+
+def _read_series(files: list[Path]) -> tuple[sitk.Image, str]:
+    modality = check_slices(files)
+    if len(files) == 1:  # an enhanced, multi-frame file
+        return _read_file(files[0]), modality
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames([str(file) for file in files])
+    image = reader.Execute()
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        raise RejectedError("has colour values, one value for each voxel was expected", "remove the series")
+    check_spacing(tuple(image.GetSpacing()))
+    return _squeeze(image), modality
+
+
+def _to_ras(image: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
+    image = sitk.DICOMOrient(image, "RAS")  # flips and permutes only: an oblique volume keeps its direction
+    steps = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())  # columns x, y, z in LPS mm
+    affine = np.eye(4)
+    affine[:3, :3] = steps[:, ::-1]  # columns D, H, W
+    affine[:3, 3] = image.GetOrigin()
+    affine[:2] *= -1  # LPS to RAS
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
+        raise RejectedError("the orientation in the header is not usable", "write a valid orientation into the header")
+    return sitk.GetArrayFromImage(image), affine + 0.0  # no negative zeros
+
+
+def read_label(path: Path, volume: Volume) -> np.ndarray:
+    """Read the label of a volume that was read: (D, H, W) uint8, or uint16 where a value is above 255.
+
+    Raises RejectedError where it lies on another grid than the image or holds anything but whole numbers from 0 up.
+    """
+    label = read_volume([path], dicom=False)
+    if label.values.shape != volume.values.shape:
+        found, expected = (" x ".join(str(n) for n in each.values.shape) for each in (label, volume))
+        reason = f"the label measures {found} voxels (D, H, W), its image {expected}"
+        raise RejectedError(reason, "resample the label to its image's grid, or remove it")
+    distance = _largest_distance(label.affine, volume.affine, volume.values.shape) / volume.spacing_mm.min()
+    if distance > LABEL_TOLERANCE_VOXELS:
+        reason = f"the label's position or spacing differs from its image's by up to {distance:.1f} voxels"
+        raise RejectedError(reason, "resample the label to its image's grid, or correct its header")
+    values = label.values
+    if values.dtype.kind == "f" and not (np.isfinite(values).all() and np.array_equal(values, np.rint(values))):
+        reason = "the label holds values that are not whole numbers"
+        raise RejectedError(reason, "store class numbers, not probabilities")
+    low, high = values.min(), values.max()
+    if low < 0 or high > 65535:
+        raise RejectedError(f"the label holds values from {low} to {high}", "number the classes from 0 to 65535")
+    return values.astype(np.uint8 if high <= 255 else np.uint16)
+
+
+def _largest_distance(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
+    """The largest distance in mm between the places that two affines give to a corner of the grid."""
+    corners = np.array([[*(np.array(corner) * (np.array(shape) - 1)), 1] for corner in np.ndindex(2, 2, 2)])
+    return float(np.linalg.norm(corners @ (one - other).T, axis=1).max())
+
+
+# What the readers beneath us say, what it means to the person whose file it is, and what to do.
+SHEARED = "the axes in the header are not at right angles to each other (sheared)"
+MEANINGS = {
+    "Unable to determine ImageIO": ("not an image of a known format: its content does not fit its suffix", COPY_AGAIN),
+    "Zero-valued spacing": ("the voxel spacing in the header is zero", "write the true voxel size into the header"),
+    "orthonormal": (SHEARED, "resample it to a grid with right angles, or correct the header"),
+    "File cannot be read": ("the image data are truncated, damaged or missing", COPY_AGAIN),
+    "Error reading": ("the image data are truncated or damaged", COPY_AGAIN),
+    "nrrdLoad: trouble": ("the image data are truncated or damaged", COPY_AGAIN),
+}
+
+
+def _readable(message: str, path: Path) -> tuple[str, str]:
+    """Reason and remedy from an exception of ITK: without folders, source paths, pointers and class names."""
+    for words, meaning in MEANINGS.items():
+        if words in message:
+            return meaning
+    lines = [line.strip() for line in message.replace(str(path.parent), "").splitlines()]
+    text = " ".join(line for line in lines if not line.startswith("Exception thrown")) or message
+    text = re.sub(r"/\S+\.(?:cxx|hxx|h):\d+:|(?:sitk|ITK)(?:::)? ?ERROR: |\(0x[0-9a-f]+\)|\(nil\)", " ", text)
+    return f"cannot be read: {' '.join(text.split())[:300] or 'for an unknown reason'}", COPY_AGAIN

@@ -1,0 +1,458 @@
+"""Views as DALI makes them, against float64 evaluations of what the plan says."""
+
+import gc
+import itertools
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from voxtrast.engine.data.pipeline import ViewPipeline, read_region, region_box
+from voxtrast.engine.data.planner import AppearancePlan, Plan
+from voxtrast.engine.data.store import Case, Store, write_array, write_index, write_settings
+from voxtrast.engine.errors import UserError
+from voxtrast.kernels import warp
+from voxtrast.methods.views import AffineRanges, AppearanceRanges, View, ViewSpec
+
+EPSILON = 2.0**-24  # relative rounding of float32
+COVER = {"moving": View(appearance=AppearanceRanges()), "fixed": View(affine=AffineRanges(), displacement=True)}
+WIDE = AffineRanges(rotation_degrees=40, scale=[0.6, 1.6], shear_degrees=15, translation_voxels=8)
+
+
+def make_store(folder: Path, shapes: list[tuple[int, int, int]], dtype: str = "float16", seed: int = 0) -> Store:
+    """Volumes of white noise: no interpolation goes unnoticed."""
+    for name in ("volumes", "labels"):
+        (folder / name).mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    cases = []
+    for index, shape in enumerate(shapes):
+        volume = (generator.standard_normal(shape) * 0.7 + 0.3).astype(dtype)
+        low, high = np.percentile(volume.astype(np.float64), [0.5, 99.5]).tolist()
+        intensity = {"background": float(volume.min()), "low": low, "high": high, "mean": 0.3, "std": 0.7}
+        name = f"case{index}"
+        sha256 = write_array(folder / "volumes" / f"{name}.npy", volume)
+        affine = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0))
+        cases.append(Case(name, shape, (1.0, 1.0, 1.0), affine, "mr", dtype, intensity, name, "", sha256))
+    write_settings(folder, {"format": 1})
+    write_index(folder, cases)
+    return Store(folder)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(tmp_path_factory.mktemp("view") / "store", [(40, 36, 44), (30, 50, 34), (33, 34, 35)])
+
+
+@pytest.fixture(scope="module")
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Smaller than the crop of 24 on one axis, on two, on all three."""
+    return make_store(tmp_path_factory.mktemp("view") / "small", [(19, 40, 40), (40, 17, 20), (13, 14, 15)])
+
+
+def take(store: Store, spec: ViewSpec, steps: int, **settings: Any) -> list[list[dict[str, Any]]]:
+    settings = {"seed": 7, "global_batch": 4, "threads": 1, **settings}
+    with ViewPipeline(store, store.cases, spec, **settings) as pipeline:
+        return list(itertools.islice(pipeline, steps))
+
+
+def slots(store: Store, spec: ViewSpec, steps: int, **settings: Any) -> Iterator[tuple[Plan, Case, dict[str, Any]]]:
+    """Each slot with its plan; tensors without their batch axis, as float64 arrays."""
+    settings = {"seed": 7, "global_batch": 4, **settings}
+    with ViewPipeline(store, store.cases, spec, threads=1, **settings) as pipeline:
+        for step, (batch,) in zip(range(steps), pipeline, strict=False):
+            for slot in range(settings["global_batch"]):
+                plan = pipeline.planner.plan(step, slot)
+                sample = {key: item[slot] for key, item in batch.items()}
+                numbers = {key: item.double().numpy() for key, item in sample.items() if key not in ("case", "origin")}
+                case = pipeline.planner.cases[plan.case_index]
+                assert sample["case"] == case.id
+                assert tuple(sample["origin"].tolist()) == plan.origin
+                yield plan, case, numbers
+
+
+def crop_of(store: Store, case: Case, plan: Plan, crop: tuple[int, ...]) -> np.ndarray:
+    """The crop, float64, out of a volume with plenty of background around it."""
+    margin = 30
+    volume = np.pad(store.volume(case).astype(np.float64), margin, constant_values=case.intensity["background"])
+    sides = (1,) * (3 - len(crop)) + tuple(crop)
+    box = tuple(slice(start + margin, start + margin + side) for start, side in zip(plan.origin, sides, strict=True))
+    return volume[box].reshape(crop)
+
+
+def check_warped(store: Store, case: Case, plan: Plan, crop: tuple[int, ...], sample: dict[str, Any]) -> None:
+    """Fixed, displacement, mask and affine of one slot against float64."""
+    dimensions = len(crop)
+    volume = store.volume(case).astype(np.float64)
+    if dimensions == 2:
+        volume = volume[plan.origin[0]]
+    background = case.intensity["background"]
+    affine, origin = plan.views["fixed"].affine, np.array(plan.origin[-dimensions:], np.float64)
+    index = np.stack(np.meshgrid(*map(np.arange, crop), indexing="ij")).reshape(dimensions, -1)
+    position = affine[:, :-1] @ index + affine[:, -1:]
+    in_volume = position + origin[:, None]
+    # Taps outside the volume are background ("constant" would ignore the half-way voxels at its border).
+    expected = ndimage.map_coordinates(volume, in_volume, order=1, mode="grid-constant", cval=background)
+    # DALI adds up float32 steps along the last axis, on coordinates of the region: each addition may be off by half a
+    # unit in the last place of the largest coordinate, and as much once for each rounded entry of the matrix.
+    largest = np.abs(in_volume - in_volume.min(axis=1, keepdims=True)).max() + max(crop)
+    off_voxels = (crop[-1] + 2 * dimensions + 2) * EPSILON * largest
+    padded = np.pad(volume, 1, constant_values=background)
+    steepest = sum(np.abs(np.diff(padded, axis=axis)).max() for axis in range(dimensions))
+    tolerance = off_voxels * steepest + 8 * EPSILON * np.abs(volume).max()
+    assert tolerance < 0.01  # of a standard deviation of 0.7
+    np.testing.assert_allclose(sample["fixed"].ravel(), expected, rtol=0, atol=tolerance)
+
+    np.testing.assert_array_equal(sample["affine"], affine)
+    psi = position - index
+    rounding = 4 * EPSILON * np.abs(psi).max() + 4 * EPSILON * max(crop)
+    np.testing.assert_allclose(sample["displacement"].reshape(dimensions, -1), psi, rtol=0, atol=rounding)
+
+    low = np.maximum(0, -origin)[:, None]
+    high = np.minimum(np.array(crop), np.array(volume.shape) - origin)[:, None] - 1
+    depth = np.minimum(position - low, high - position).min(axis=0)  # inside where not negative
+    clear = np.abs(depth) > 8 * EPSILON * 2 * max(crop)
+    assert clear.mean() > 0.99 or (affine == np.eye(*affine.shape)).all()
+    np.testing.assert_array_equal(sample["mask"].ravel()[clear], (depth >= 0)[clear])
+
+
+@pytest.mark.parametrize("crop", [(24, 20, 26), (32, 32, 32), (28, 30), (17, 33)])
+@pytest.mark.parametrize("ranges", [AffineRanges(), WIDE], ids=["gentle", "wide"])
+def test_fixed_view_displacement_and_mask_match_float64(
+    store: Store, crop: tuple[int, ...], ranges: AffineRanges
+) -> None:
+    spec = ViewSpec(crop, {"fixed": View(affine=ranges, displacement=True)})
+    for plan, case, sample in slots(store, spec, 3):
+        check_warped(store, case, plan, crop, sample)
+
+
+@pytest.mark.parametrize("crop", [(24, 24, 24), (24, 24)])
+def test_volumes_smaller_than_the_crop_are_padded_with_background(small_store: Store, crop: tuple[int, ...]) -> None:
+    spec = ViewSpec(crop, {"plain": View(), "fixed": View(affine=WIDE, displacement=True)})
+    for plan, case, sample in slots(small_store, spec, 3):
+        check_warped(small_store, case, plan, crop, sample)
+        np.testing.assert_array_equal(sample["plain"][0], crop_of(small_store, case, plan, crop))
+    assert {case.id for _, case, _ in slots(small_store, spec, 3)} == {"case0", "case1", "case2"}
+
+
+@pytest.mark.parametrize("crop", [(16, 16, 16), (16, 16)])
+def test_a_view_that_looks_past_the_volume_sees_background(store: Store, crop: tuple[int, ...]) -> None:
+    far = AffineRanges(translation_voxels=300)
+    outside = 0
+    for plan, case, sample in slots(store, ViewSpec(crop, {"fixed": View(affine=far, displacement=True)}), 4):
+        check_warped(store, case, plan, crop, sample)
+        if not sample["mask"].any() and np.ptp(sample["fixed"]) == 0:
+            assert (sample["fixed"] == case.intensity["background"]).all()
+            outside += 1
+    assert outside > 8
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_identity_gives_the_crop_bit_for_bit(tmp_path: Path, dtype: str) -> None:
+    store = make_store(tmp_path / "store", [(30, 31, 32), (20, 40, 26)], dtype)
+    still = AffineRanges(rotation_degrees=0, scale=[1, 1], translation_voxels=0)
+    views = {"plain": View(), "fixed": View(affine=still, displacement=True)}
+    for plan, case, sample in slots(store, ViewSpec((24, 26, 28), views), 2):
+        expected = crop_of(store, case, plan, (24, 26, 28))
+        np.testing.assert_array_equal(sample["plain"][0], expected)
+        np.testing.assert_array_equal(sample["fixed"][0], expected)
+        assert not sample["displacement"].any()
+        check_warped(store, case, plan, (24, 26, 28), sample)
+        inside = crop_of_ones(case, plan, (24, 26, 28))
+        np.testing.assert_array_equal(sample["mask"][0], inside)  # ties included
+
+
+def crop_of_ones(case: Case, plan: Plan, crop: tuple[int, int, int]) -> np.ndarray:
+    volume = np.pad(np.ones(case.shape), 30)
+    return volume[tuple(slice(start + 30, start + 30 + side) for start, side in zip(plan.origin, crop, strict=True))]
+
+
+def test_a_displacement_without_an_affine_is_zero(store: Store) -> None:
+    views = {"plain": View(displacement=True)}
+    ((batch,),) = take(store, ViewSpec((16, 16, 16), views), 1)
+    assert not batch["displacement"].any()
+    assert batch["mask"].all()
+    assert torch.equal(batch["affine"][0], torch.eye(3, 4, dtype=torch.float64))
+
+
+def test_fixed_is_the_warped_crop_as_the_kernels_understand_it(store: Store) -> None:
+    views = {"plain": View(), "fixed": View(affine=AffineRanges(), displacement=True)}
+    ((batch,),) = take(store, ViewSpec((24, 24, 24), views), 1)
+    warped = warp(batch["plain"], batch["displacement"])
+    assert batch["mask"].mean() > 0.3
+    # Two float32 coordinates of about 24 voxels, one of them added up over 24 steps, on noise of steps up to 6.
+    difference = ((warped - batch["fixed"]) * batch["mask"]).abs().max()
+    assert difference < (24 + 16) * EPSILON * 48 * 3 * 6
+
+
+def test_batches_have_the_promised_form(store: Store) -> None:
+    for crop in ((16, 18, 20), (16, 18)):
+        (micro_batches,) = take(store, ViewSpec(crop, COVER), 1, global_batch=6, accumulation=2)
+        assert len(micro_batches) == 2
+        for batch in micro_batches:
+            dimensions = len(crop)
+            shapes = {key: tuple(item.shape) for key, item in batch.items() if key != "case"}
+            assert shapes == {
+                "moving": (3, 1, *crop),
+                "fixed": (3, 1, *crop),
+                "displacement": (3, dimensions, *crop),
+                "mask": (3, 1, *crop),
+                "affine": (3, dimensions, dimensions + 1),
+                "origin": (3, 3),
+            }
+            assert all(batch[key].dtype == torch.float32 for key in ("moving", "fixed", "displacement", "mask"))
+            assert batch["affine"].dtype == torch.float64
+            assert batch["origin"].dtype == torch.int64
+            assert len(batch["case"]) == 3
+            assert all(batch[key].is_contiguous() for key in shapes)
+
+
+def test_any_views_under_any_names(store: Store) -> None:
+    both = View(affine=AffineRanges(), appearance=AppearanceRanges())
+    spec = ViewSpec((16, 16, 16), {"global/1": both, "global/2": both, "clean": View()})
+    ((batch,),) = take(store, spec, 1)
+    assert set(batch) == {"global/1", "global/2", "clean", "case", "origin"}
+    assert not torch.equal(batch["global/1"], batch["global/2"])
+
+
+def joined(runs: list[list[list[dict[str, Any]]]], step: int) -> dict[str, Any]:
+    """The global batch of a step, from what each rank saw: micro batch by micro batch, rank by rank."""
+    parts = [rank[step][k] for k in range(len(runs[0][step])) for rank in runs]
+    return {
+        key: [name for part in parts for name in part[key]] if key == "case" else torch.cat([p[key] for p in parts])
+        for key in parts[0]
+    }
+
+
+def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert set(first) == set(second)
+    for key in first:
+        same = first[key] == second[key] if key == "case" else torch.equal(first[key], second[key])
+        assert same, key
+
+
+def test_the_global_batch_is_the_same_however_it_is_dealt(store: Store) -> None:
+    spec = ViewSpec((20, 18, 22), COVER)
+    whole = take(store, spec, 3)
+    for world_size, accumulation, threads, prefetch in ((2, 1, 1, 0), (1, 2, 2, 1), (2, 2, 1, 3), (4, 1, 2, 2)):
+        settings = {"world_size": world_size, "accumulation": accumulation, "threads": threads, "prefetch": prefetch}
+        runs = [take(store, spec, 3, rank=rank, **settings) for rank in range(world_size)]
+        for step in range(3):
+            assert_same(joined(runs, step), whole[step][0])
+
+
+def test_a_later_start_continues_bit_for_bit(store: Store) -> None:
+    spec = ViewSpec((20, 18, 22), COVER)
+    whole = take(store, spec, 6)
+    for step, (batch,) in enumerate(take(store, spec, 3, start_step=3), 3):
+        assert_same(batch, whole[step][0])
+
+
+def test_seeds_splits_and_steps_differ(store: Store) -> None:
+    spec = ViewSpec((16, 16, 16), COVER)
+    (first,), (second,) = take(store, spec, 2)
+    ((other_seed,),) = take(store, spec, 1, seed=8)
+    ((validation,),) = take(store, spec, 1, split="validation")
+    for other in (second, other_seed, validation):
+        for key in ("moving", "fixed", "displacement"):
+            assert not torch.equal(first[key], other[key])
+
+
+def test_an_epoch_visits_every_case_once(store: Store) -> None:
+    steps = take(store, ViewSpec((16, 16, 16), {"x": View()}), 6, global_batch=2)
+    names = [name for (batch,) in steps for name in batch["case"]]
+    for epoch in range(4):
+        assert sorted(names[3 * epoch : 3 * epoch + 3]) == ["case0", "case1", "case2"]
+
+
+def test_only_the_region_that_is_looked_at_is_read(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", [(90, 90, 90)])
+    spec = ViewSpec((16, 16, 16), COVER)
+    read: list[tuple[int, ...]] = []
+
+    class Watched:
+        def __init__(self, volume: np.ndarray) -> None:
+            self.volume = volume
+
+        def __getitem__(self, box: tuple[slice, ...]) -> np.ndarray:
+            read.append(self.volume[box].shape)
+            return self.volume[box]
+
+    class WatchedStore(Store):
+        def volume(self, case: Case) -> Any:
+            return Watched(super().volume(case))
+
+    watched = WatchedStore(store.path)
+    take(watched, spec, 4)
+    assert len(read) >= 16
+    # 16 voxels a side, turned by 20 degrees about three axes, scaled by 1.25, shifted by 4.
+    assert max(max(shape) for shape in read) <= 16 * 1.25 * 1.8 + 4 + 3
+    with ViewPipeline(store, store.cases, spec, seed=0, global_batch=1) as pipeline:
+        plan, case = pipeline.planner.plan(0, 0), store.cases[0]
+        box = region_box(spec, plan, case)
+        region = read_region(store, case, box, 0, np.dtype(np.float16))
+        assert region.shape == box.shape
+        assert region.nbytes < 0.1 * store.volume(case).nbytes
+
+
+def appearance(**ranges: Any) -> dict[str, View]:
+    """Only what is named; the rest of the appearance is off."""
+    off = {"noise_std": [0, 0], "blur_sigma_voxels": [0, 0], "contrast": [1, 1], "brightness_std": 0, "boxes": 0}
+    return {"plain": View(), "x": View(appearance=AppearanceRanges(**{**off, **ranges}))}
+
+
+def drawn(plan: Plan) -> AppearancePlan:
+    found = plan.views["x"].appearance
+    assert found is not None
+    return found
+
+
+def span(case: Case) -> float:
+    return case.intensity["high"] - case.intensity["low"]
+
+
+def test_an_appearance_of_nothing_changes_nothing(store: Store) -> None:
+    for _, _, sample in slots(store, ViewSpec((16, 16, 16), appearance()), 1):
+        np.testing.assert_array_equal(sample["x"], sample["plain"])
+
+
+def test_noise_is_gaussian_with_the_planned_amplitude(store: Store) -> None:
+    for plan, case, sample in slots(store, ViewSpec((24, 24, 24), appearance(noise_std=[0.01, 0.05])), 2):
+        noise = (sample["x"] - sample["plain"]) / span(case)
+        count, std = noise.size, drawn(plan).noise_std
+        assert abs(noise.mean()) < 5 * std / count**0.5
+        assert abs(noise.std() - std) < 5 * std / (2 * count) ** 0.5
+        assert abs((noise**4).mean() / std**4 - 3) < 5 * (96 / count) ** 0.5
+        neighbours = (noise[..., 1:] * noise[..., :-1]).mean() / std**2
+        assert abs(neighbours) < 5 / count**0.5
+
+
+def test_contrast_is_about_the_mean_and_brightness_is_added(store: Store) -> None:
+    for plan, case, sample in slots(
+        store, ViewSpec((24, 24, 24), appearance(contrast=[0.5, 1.5], brightness_std=0.1)), 2
+    ):
+        plain, planned = sample["plain"], drawn(plan)
+        expected = plain.mean() + planned.contrast * (plain - plain.mean()) + planned.brightness * span(case)
+        # The mean of 13824 values, summed in float32, and four more operations on values below 5.
+        np.testing.assert_allclose(sample["x"], expected, rtol=0, atol=(4 + 14) * EPSILON * 5)
+
+
+@pytest.mark.parametrize("crop", [(24, 24, 24), (24, 24)])
+def test_blur_is_a_gaussian_of_the_planned_width(store: Store, crop: tuple[int, ...]) -> None:
+    for plan, _, sample in slots(store, ViewSpec(crop, appearance(blur_sigma_voxels=[0.0, 1.5])), 2):
+        sigma = drawn(plan).blur_sigma_voxels
+        radius = int(np.ceil(3 * sigma))
+        expected = ndimage.gaussian_filter(sample["plain"][0], sigma, mode="mirror", radius=radius)
+        np.testing.assert_allclose(sample["x"][0], expected, rtol=0, atol=16 * len(crop) * EPSILON * 5)
+
+
+def test_a_blur_of_no_width_is_the_identity(store: Store) -> None:
+    for _, _, sample in slots(store, ViewSpec((16, 16, 16), appearance(blur_sigma_voxels=[0.0, 1e-6])), 1):
+        np.testing.assert_array_equal(sample["x"], sample["plain"])
+
+
+@pytest.mark.parametrize("crop", [(24, 24, 24), (24, 24)])
+def test_boxes_hold_uniform_noise_and_leave_the_rest_alone(store: Store, crop: tuple[int, ...]) -> None:
+    fills = []
+    for plan, case, sample in slots(store, ViewSpec(crop, appearance(boxes=10, box_side=[0.2, 0.3])), 4):
+        boxes = np.zeros(crop, bool)
+        for start, size in zip(drawn(plan).box_start, drawn(plan).box_size, strict=True):
+            boxes[tuple(slice(first, first + side) for first, side in zip(start, size, strict=True))] = True
+        np.testing.assert_array_equal(sample["x"][0][~boxes], sample["plain"][0][~boxes])
+        fills.append((sample["x"][0][boxes] - case.intensity["low"]) / span(case))
+        assert boxes.mean() < 10 * 0.3 ** len(crop)
+    fill = np.concatenate(fills)
+    assert -1e-6 <= fill.min() < 0.02
+    assert 0.98 < fill.max() <= 1 + 1e-6
+    assert abs(fill.mean() - 0.5) < 5 / (12 * fill.size) ** 0.5
+    assert abs(fill.std() - 12**-0.5) < 5 * 0.13 / fill.size**0.5
+
+
+def test_everything_together_follows_the_order_of_cover(store: Store) -> None:
+    """Noise, blur, contrast, brightness, boxes: evaluated in float64 from the same draws."""
+    crop = (20, 20, 20)
+    ranges = AppearanceRanges(noise_std=[0.05, 0.1], blur_sigma_voxels=[0.3, 0.8])
+    spec = ViewSpec(crop, {"plain": View(), "x": View(appearance=ranges)})
+    with ViewPipeline(store, store.cases, spec, seed=7, global_batch=4) as pipeline:
+        planner = pipeline.planner
+    for plan, case, sample in slots(store, spec, 2):
+        planned = drawn(plan)
+        noise = planner.generator("train", plan.step, plan.slot, "noise x").standard_normal((*crop, 1), np.float32)
+        image = sample["plain"][0] + planned.noise_std * span(case) * noise[..., 0]
+        radius = int(np.ceil(3 * planned.blur_sigma_voxels))
+        image = ndimage.gaussian_filter(image, planned.blur_sigma_voxels, mode="mirror", radius=radius)
+        image = image.mean() + planned.contrast * (image - image.mean()) + planned.brightness * span(case)
+        inside = np.zeros(crop, bool)
+        for start, size in zip(planned.box_start, planned.box_size, strict=True):
+            inside[tuple(slice(first, first + side) for first, side in zip(start, size, strict=True))] = True
+        np.testing.assert_allclose(sample["x"][0][~inside], image[~inside], rtol=0, atol=100 * EPSILON * 5)
+
+
+def test_tensors_stay_what_they_were_while_later_steps_and_the_end_come(store: Store) -> None:
+    spec = ViewSpec((20, 20, 20), {**COVER, "plain": View()})
+    with ViewPipeline(store, store.cases, spec, seed=1, global_batch=2, threads=2) as pipeline:
+        held = list(itertools.islice(pipeline, 2))
+        copies = [[{k: v if k == "case" else v.clone() for k, v in batch.items()} for batch in step] for step in held]
+        for step in itertools.islice(pipeline, 10):
+            step[0]["plain"].fill_(-1)  # ours to write to
+    gc.collect()
+    for step, copy in zip(held, copies, strict=True):
+        assert_same(step[0], copy[0])
+
+
+def test_closing_releases_dali_and_the_readers(store: Store) -> None:
+    def readers() -> int:
+        return sum(thread.name.startswith("voxtrast-reader") for thread in threading.enumerate())
+
+    before = readers()
+    pipeline = ViewPipeline(store, store.cases, ViewSpec((16, 16, 16), COVER), seed=1, global_batch=2)
+    next(pipeline)
+    dali = weakref.ref(pipeline._pipeline)
+    pipeline.close()
+    pipeline.close()  # twice is once
+    gc.collect()
+    assert dali() is None
+    assert readers() == before
+    with pytest.raises(UserError, match="closed"):
+        next(pipeline)
+
+
+def test_a_volume_that_vanished_is_named(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", [(20, 20, 20), (20, 20, 20)])
+    with ViewPipeline(store, store.cases, ViewSpec((16, 16, 16), COVER), seed=1, global_batch=2) as pipeline:
+        next(pipeline)
+        (store.path / "volumes" / "case1.npy").unlink()
+        with pytest.raises(UserError, match=r"case1\.npy.*prepare"):
+            list(itertools.islice(pipeline, 10))  # those prepared ahead still come
+        with pytest.raises(UserError, match="closed"):  # not the step after the missing one
+            next(pipeline)
+
+
+def test_cases_that_are_too_small_are_reported(store: Store) -> None:
+    spec = ViewSpec((70, 20, 20), {"x": View()})
+    with ViewPipeline(store, store.cases, spec, seed=1, global_batch=1) as pipeline:
+        assert [case.id for case, _ in pipeline.excluded] == ["case1", "case2"]
+        assert next(pipeline)[0]["case"] == ["case0"]
+    with pytest.raises(UserError, match=r"crop 200x20x20.*smaller crop"):
+        ViewPipeline(store, store.cases, ViewSpec((200, 20, 20), {"x": View()}), seed=1, global_batch=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"global_batch": 3, "world_size": 2}, "global batch 3.*multiple of 2"),
+        ({"global_batch": 4, "accumulation": 3}, "global batch 4.*multiple of 3"),
+        ({"world_size": 2, "rank": 2}, "rank 2 of 2"),
+        ({"start_step": -1}, "start_step -1"),
+        ({"prefetch": -1}, "prefetch -1"),
+        ({"threads": 0}, "threads 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(store: Store, settings: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ViewPipeline(store, store.cases, ViewSpec((16, 16, 16), COVER), **{"seed": 0, "global_batch": 4, **settings})

@@ -1,0 +1,126 @@
+"""What a store promises its readers: the right array, read-only, and no word of trust where a file changed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from voxtrast.engine.data.store import Case, Store
+from voxtrast.engine.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, write: Callable, run: Callable, values: Callable) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    for number in range(3):
+        write(folder / f"raw/images/case{number}.nii.gz", number)
+    write(folder / "raw/labels/case1.nii.gz", (values(1) > 500).astype(np.uint8) * 3)
+    run(folder / "raw", folder / "store")
+    return folder / "store"
+
+
+@pytest.fixture
+def store(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of its own for each test."""
+    return Path(shutil.copytree(prepared, tmp_path / "store"))
+
+
+def test_cases_are_sorted_and_arrays_are_read_only_memory_maps(store: Path) -> None:
+    opened = Store(store)
+    assert [case.id for case in opened.cases] == ["case0", "case1", "case2"]
+    volume = opened.volume(opened.cases[0])
+    assert isinstance(volume, np.memmap)
+    assert volume.shape == opened.cases[0].shape == (20, 22, 24)
+    assert volume.dtype == np.float16
+    with pytest.raises(ValueError, match="read-only"):
+        volume[0, 0, 0] = 1
+    assert opened.settings["spacing_mm"] == 1.5
+
+
+def test_a_line_of_the_index_survives_the_round_trip(store: Path) -> None:
+    for case, line in zip(Store(store).cases, (store / "index.jsonl").read_text().splitlines(), strict=True):
+        assert Case.from_line(line) == case
+        assert case.as_line() == line
+
+
+def test_index_describes_the_stored_volume(store: Path) -> None:
+    opened = Store(store)
+    for case in opened.cases:
+        stored = np.array(opened.volume(case), np.float32)
+        assert case.intensity["background"] == stored.min()
+        assert case.intensity["low"] == pytest.approx(np.percentile(stored, 0.5))
+        assert case.intensity["high"] == pytest.approx(np.percentile(stored, 99.5))
+        assert case.intensity["mean"] == pytest.approx(stored.mean(), abs=1e-5)
+        assert case.intensity["std"] == pytest.approx(stored.std(), rel=1e-5)
+
+
+def test_label_lies_on_the_volumes_grid_and_its_absence_is_said(store: Path) -> None:
+    opened = Store(store)
+    label = opened.label(opened.cases[1])
+    assert label.dtype == np.uint8
+    assert label.shape == opened.cases[1].shape
+    assert opened.cases[1].label_classes == (3,)
+    with pytest.raises(UserError, match=r"case0 .* has no label"):
+        opened.label(opened.cases[0])
+
+
+def test_untouched_store_verifies(store: Path) -> None:
+    Store(store).verify(contents=False)
+    Store(store).verify(contents=True)
+
+
+@pytest.mark.parametrize("folder", ["volumes", "labels"])
+def test_changed_byte_is_found_by_contents_and_named(store: Path, folder: str) -> None:
+    file = store / folder / "case1.npy"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    Store(store).verify(contents=False)
+    with pytest.raises(UserError, match=rf"{folder}/case1\.npy changed since the index was written .* prepare"):
+        Store(store).verify(contents=True)
+
+
+def test_missing_short_and_long_files_are_found_by_size(store: Path) -> None:
+    file = store / "volumes/case2.npy"
+    data = file.read_bytes()
+    for content, words in ((data[:-1], "bytes, its header asks"), (data + b"x", "bytes, its header"), (b"", "be read")):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=rf"case2\.npy .*{words}"):
+            Store(store).verify(contents=False)
+        with pytest.raises(UserError, match=r"case2\.npy"):
+            Store(store).volume(Store(store).cases[2])
+    file.unlink()
+    with pytest.raises(UserError, match=r"case2\.npy is missing"):
+        Store(store).verify(contents=False)
+
+
+def test_array_of_other_shape_or_type_is_refused(store: Path) -> None:
+    np.save(store / "volumes/case0.npy", np.zeros((20, 22, 25), np.float16))
+    with pytest.raises(UserError, match=r"holds float16 \(20, 22, 25\), the index says float16 \(20, 22, 24\)"):
+        Store(store).verify(contents=False)
+
+
+def test_what_is_no_store_or_not_finished_is_said(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a store"):
+        Store(tmp_path / "nowhere")
+    (store / "index.jsonl").unlink()
+    with pytest.raises(UserError, match="prepare did not finish"):
+        Store(store)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"id": "x", "colour": "red"}'])
+def test_broken_line_of_the_index_is_named(store: Path, line: str) -> None:
+    with open(store / "index.jsonl", "a") as index:
+        index.write(line + "\n")
+    with pytest.raises(UserError, match=r"index\.jsonl, line 4, cannot be read"):
+        Store(store)
+
+
+def test_store_of_a_later_format_is_refused(store: Path) -> None:
+    settings = json.loads((store / "store.json").read_text())
+    (store / "store.json").write_text(json.dumps({**settings, "format": 2}))
+    with pytest.raises(UserError, match="has format 2, this version reads 1"):
+        Store(store)
