@@ -1,0 +1,189 @@
+"""Label-efficiency tables from the lines of `finetune.jsonl`.
+
+One table per setting: runs on another store, backbone, budget or set of test cases are not comparable and never share
+one. A pretrained arm is paired with the scratch arm seed by seed and case by case. The interval of the difference is
+a percentile bootstrap over seeds and test cases: over cases alone it would call the luck of one training run a result.
+With one seed it knows nothing of that luck, with two or three little.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from ..errors import UserError
+
+SETTINGS = ("store_sha256", "backbone", "steps", "batch", "learning_rate", "weight_decay", "crop", "flips")
+RESAMPLES = 10_000
+HEADINGS = ("labels", "arm", "seeds", "Dice", "per class", "difference to scratch", "95 % interval", "cases better")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Pretrained minus scratch, mean Dice per case, averaged over the seeds that both arms have."""
+
+    mean: float
+    low: float  # 95 % interval over seeds and test cases
+    high: float
+    better: int  # cases with a higher Dice than from scratch
+    cases: int
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Row:
+    setting: str
+    labels: int
+    arm: str  # "scratch", or "pretrained" with the method and the weights' checksum
+    seeds: tuple[int, ...]
+    dice: float  # mean over seeds of the mean over cases
+    std: float  # over seeds; 0 for one seed
+    classes: dict[str, float]
+    difference: Difference | None  # None for scratch, and where no seed is shared
+
+
+def read_lines(paths: Iterable[Path | str]) -> list[dict[str, Any]]:
+    """The runs of one or more `finetune.jsonl`, or of folders that hold one.
+
+    Raises: UserError for a missing file or a broken line.
+    """
+    lines: list[dict[str, Any]] = []
+    for given in paths:
+        path = Path(given) / "finetune.jsonl" if Path(given).is_dir() else Path(given)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; expected the finetune.jsonl that `voxtrast finetune` writes")
+        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                line = json.loads(text)
+                _key(line)
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{path}, line {number}: not a run of `voxtrast finetune` ({error!r}); remove the line"
+                ) from error
+            lines.append(line)
+    return lines
+
+
+def label_table(lines: list[dict[str, Any]], *, seed: int = 0) -> list[Row]:
+    """Rows by setting, labels and arm. A run that was repeated counts once, the last time.
+
+    Args:
+        lines: from `read_lines`.
+        seed: of the bootstrap.
+    """
+    last: dict[tuple[str, int, str, int], dict[str, Any]] = {}
+    for line in lines:
+        last[_key(line)] = line
+    groups: dict[tuple[str, int, str], dict[int, dict[str, Any]]] = {}
+    for (setting, labels, arm, run_seed), line in last.items():
+        groups.setdefault((setting, labels, arm), {})[run_seed] = line
+    order = sorted(groups, key=lambda group: (group[0], group[1], group[2] != "scratch", group[2]))
+    return [_row(group, groups[group], groups.get((*group[:2], "scratch"), {}), seed) for group in order]
+
+
+def to_markdown(rows: list[Row]) -> str:
+    """Plain tables, one a setting."""
+    parts = []
+    for setting in dict.fromkeys(row.setting for row in rows):
+        lines = [" | ".join(HEADINGS), " | ".join(["---"] * len(HEADINGS))]
+        lines += [" | ".join(_cells(row)) for row in rows if row.setting == setting]
+        parts.append("\n".join([f"{setting}\n", *(f"| {line} |" for line in lines)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def to_rich(rows: list[Row]) -> list[Table]:
+    """The same tables for the terminal."""
+    tables = []
+    for setting in dict.fromkeys(row.setting for row in rows):
+        table = Table(title=setting)
+        for heading in HEADINGS:
+            table.add_column(heading)
+        for row in rows:
+            if row.setting == setting:
+                table.add_row(*_cells(row))
+        tables.append(table)
+    return tables
+
+
+def paired_difference(pairs: list[tuple[dict[str, Any], dict[str, Any]]], seed: int = 0) -> Difference:
+    """Of (pretrained, scratch) runs of equal seeds on equal test cases."""
+    rows: list[list[float]] = []
+    for pretrained, scratch in pairs:
+        base = {case["case"]: case["mean"] for case in scratch["cases"]}
+        # A case without foreground has no mean, in either arm and whatever the seed.
+        rows.append([case["mean"] - base[case["case"]] for case in pretrained["cases"] if case["mean"] is not None])
+    values = np.array(rows)  # (seeds, cases)
+    seeds, cases = values.shape
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    # Drawing with replacement, as counts: (resamples, seeds) and (resamples, cases).
+    seed_weights = generator.multinomial(seeds, [1 / seeds] * seeds, size=RESAMPLES) / seeds
+    case_weights = generator.multinomial(cases, [1 / cases] * cases, size=RESAMPLES) / cases
+    means = ((seed_weights @ values) * case_weights).sum(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    better = int((values.mean(axis=0) > 0).sum())
+    return Difference(float(values.mean()), float(low), float(high), better, cases, seeds)
+
+
+def _row(
+    group: tuple[str, int, str], runs: dict[int, dict[str, Any]], scratch: dict[int, dict[str, Any]], seed: int
+) -> Row:
+    setting, labels, arm = group
+    means = np.array([run["dice"]["mean"] for run in runs.values()], dtype=float)
+    classes: dict[str, list[float]] = {}
+    for run in runs.values():
+        for value, dice in run["dice"]["classes"].items():
+            if dice is not None:
+                classes.setdefault(value, []).append(dice)
+    pairs = [(runs[number], scratch[number]) for number in sorted(runs) if number in scratch]
+    return Row(
+        setting,
+        labels,
+        arm,
+        tuple(sorted(runs)),
+        float(means.mean()),
+        float(means.std(ddof=1)) if len(means) > 1 else 0.0,
+        {value: float(np.mean(dice)) for value, dice in classes.items()},
+        paired_difference(pairs, seed) if arm != "scratch" and pairs else None,
+    )
+
+
+def _key(line: dict[str, Any]) -> tuple[str, int, str, int]:
+    """What makes two lines the same run."""
+    backbone = line["backbone"]
+    features = "-".join(str(number) for number in backbone["features"])
+    # The settings in words, then a checksum of everything that must be equal.
+    cases = sorted(case["case"] for case in line["cases"])
+    exact = json.dumps([[line[name] for name in SETTINGS], cases], sort_keys=True)
+    setting = (
+        f"{Path(line['store']).name}: {len(cases)} test cases, {backbone['architecture']} {features}, "
+        f"{line['steps']} steps of {line['batch']} crops {'x'.join(map(str, line['crop']))}, "
+        f"learning rate {line['learning_rate']:g} (setting {_checksum(exact)})"
+    )
+    arm = "scratch"
+    if line["arm"] == "pretrained":
+        arm = f"pretrained, {line['recipe'] or line['method']} {line['weights_sha256'][:8]}"
+    return setting, int(line["labels"]), arm, int(line["seed"])
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    difference = row.difference
+    spread = f" ± {row.std:.3f}" if len(row.seeds) > 1 else ""
+    return (
+        str(row.labels),
+        row.arm,
+        ", ".join(str(seed) for seed in row.seeds),
+        f"{row.dice:.3f}{spread}",
+        ", ".join(f"{value}: {dice:.3f}" for value, dice in row.classes.items()),
+        f"{difference.mean:+.3f}" if difference else "",
+        f"{difference.low:+.3f} to {difference.high:+.3f}" if difference else "",
+        f"{difference.better} of {difference.cases}" if difference else "",
+    )

@@ -1,0 +1,154 @@
+"""Weights for nnU-Net: a `.pth` that `nnUNetv2_train -pretrained_weights` takes, and the plans it needs.
+
+nnU-Net's loader asks for every key of its network but the segmentation layers, aliases included (an encoder tensor
+goes by four names), under `network_weights`. Newer nnU-Net also reads `nnssl_adaptation_plan` from such a file
+(`nnUNetv2_preprocess_like_nnssl`); that route takes over the encoder alone.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...methods.backbone import BackboneConfig
+from ..errors import UserError
+from ..weights import write_whole
+
+CLASS_NAMES = {
+    "plain_unet": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+    "residual_unet": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
+}
+IMPORTED = ["conv_op", "norm_op", "dropout_op", "nonlin"]  # the arguments that nnU-Net looks up by name
+CONFIGURATION = {2: "2d", 3: "3d_fullres"}  # nnU-Net's own, to inherit everything else from
+DEFAULT_PATCH = 128
+
+
+def architecture_section(config: BackboneConfig) -> dict[str, Any]:
+    """The `architecture` entry of a configuration in nnU-Net's plans that builds the same network.
+
+    Raises: UserError for a network that plans cannot describe.
+    """
+    if config.norm != "instance":
+        raise UserError(
+            f"backbone.norm: {config.norm!r} cannot be written into nnU-Net's plans, which make a norm from its "
+            "channel count alone; pretrain with backbone.norm=instance, or use --to safetensors"
+        )
+    dimensions = config.dimensions
+    blocks = "n_conv_per_stage" if config.architecture == "plain_unet" else "n_blocks_per_stage"
+    return {
+        "network_class_name": CLASS_NAMES[config.architecture],
+        "arch_kwargs": {
+            "n_stages": config.levels,
+            "features_per_stage": list(config.features),
+            "conv_op": f"torch.nn.modules.conv.Conv{dimensions}d",
+            "kernel_sizes": [[3] * dimensions for _ in range(config.levels)],
+            "strides": [[1 if level == 0 else 2] * dimensions for level in range(config.levels)],
+            blocks: _per_level(config.encoder_blocks, config.levels),
+            "n_conv_per_stage_decoder": _per_level(config.decoder_blocks, config.levels - 1),
+            "conv_bias": True,
+            "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dimensions}d",
+            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"negative_slope": config.negative_slope, "inplace": True},
+        },
+        "_kw_requires_import": list(IMPORTED),
+    }
+
+
+def adaptation_plan(
+    config: BackboneConfig, network: Any, patch_size: list[int], spacing_mm: list[float] | None
+) -> dict[str, Any]:
+    """What newer nnU-Net reads of a pretraining: the architecture, the data it saw, and where the encoder sits.
+
+    Plain Python values only: nnU-Net loads the file with `weights_only=True`. A spacing of None means that nnU-Net
+    keeps the target dataset's own.
+    """
+    architecture = architecture_section(config)
+    return {
+        "architecture_plans": {
+            "arch_class_name": architecture["network_class_name"],
+            "arch_kwargs": architecture["arch_kwargs"],
+            "arch_kwargs_requiring_import": architecture["_kw_requires_import"],
+        },
+        "pretrain_plan": {
+            "configurations": {"voxtrast": {"spacing": spacing_mm, "patch_size": list(patch_size)}},
+        },
+        "pretrain_num_input_channels": config.input_channels,
+        "recommended_downstream_patchsize": list(patch_size),
+        # The library knows these of its own networks; the plain U-Net's stem is a part of its encoder.
+        "key_to_encoder": network.key_to_encoder,
+        "key_to_stem": network.key_to_stem,
+        "keys_to_in_proj": list(network.keys_to_in_proj),
+        "key_to_lpe": None,  # positional embeddings: only transformers have them
+    }
+
+
+def plans_snippet(config: BackboneConfig, patch_size: list[int]) -> dict[str, Any]:
+    """A configuration to merge into the target dataset's plans; nnU-Net inherits the rest from its own."""
+    return {
+        "configurations": {
+            f"{config.dimensions}d_voxtrast": {
+                "inherits_from": CONFIGURATION[config.dimensions],
+                "patch_size": list(patch_size),
+                "architecture": architecture_section(config),
+            }
+        }
+    }
+
+
+def write_nnunet(
+    file: Path,
+    network: nn.Module,
+    description: dict[str, Any],
+    untrained: list[str],
+    patch_size: list[int] | None = None,
+) -> list[str]:
+    """Writes FILE (`.pth`) and FILE's `.plans.json`; see `export`."""
+    if file.suffix != ".pth":
+        raise UserError(f"{file}: nnU-Net's weights end in .pth; name the file {file.with_suffix('.pth').name}")
+    config = BackboneConfig.from_dict(description["backbone"])
+    snippet_file = file.with_suffix(".plans.json")
+    patch, patch_source = _patch(config, description, patch_size)
+    snippet = plans_snippet(config, patch)
+    weights = {name: tensor for name, tensor in network.state_dict().items() if ".seg_layers." not in name}
+    content = {
+        "network_weights": weights,
+        "nnssl_adaptation_plan": adaptation_plan(config, network, patch, description.get("spacing_mm")),
+        "voxtrast": description,
+    }
+    write_whole(file, lambda partial: torch.save(content, partial))
+    text = json.dumps(snippet, indent=4) + "\n"
+    write_whole(snippet_file, lambda partial: partial.write_text(text))
+    name = next(iter(snippet["configurations"]))
+    return [
+        f"{file}: {len(weights)} names (aliases included), as nnU-Net builds the network",
+        f"{snippet_file}: the configuration {name!r} for the target dataset's plans; "
+        f"patch size {patch} ({patch_source})",
+        f"not pretrained: {', '.join(untrained)}",
+        f"then: nnUNetv2_train DATASET {name} FOLD -pretrained_weights {file}",
+    ]
+
+
+def _patch(config: BackboneConfig, description: dict[str, Any], wanted: list[int] | None) -> tuple[list[int], str]:
+    """The patch size of the plans, and where it comes from."""
+    if wanted is not None:
+        patch, source = list(wanted), "as asked"
+    elif description.get("crop"):
+        patch, source = list(description["crop"]), "the crop of pretraining"
+    else:
+        rounded = -(-DEFAULT_PATCH // config.stride) * config.stride
+        patch = [rounded] * config.dimensions
+        source = "the weights do not say the crop of pretraining: change it to what fits the data"
+    if len(patch) != config.dimensions or any(size <= 0 or size % config.stride for size in patch):
+        raise UserError(
+            f"patch size {patch}: expected {config.dimensions} multiples of {config.stride}, the network's total stride"
+        )
+    return patch, source
+
+
+def _per_level(numbers: list[int], levels: int) -> list[int]:
+    return list(numbers) * levels if len(numbers) == 1 else list(numbers)

@@ -1,0 +1,127 @@
+"""Fine-tuning end to end on a store of spheres."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from voxtrast.engine.data.store import VOLUMES, Store
+from voxtrast.engine.downstream.cases import read_case
+from voxtrast.engine.downstream.evaluation import predict
+from voxtrast.engine.downstream.finetune import finetune
+from voxtrast.engine.errors import UserError
+from voxtrast.engine.weights import load_weights
+from voxtrast.methods.backbone import BackboneConfig, build_network
+
+
+def run(weights: Path, store: Store, **settings: Any) -> dict[str, Any]:
+    return finetune(weights, store.path, **{"labels": 3, "seed": 0, "steps": 15, "progress": False, **settings})
+
+
+def test_it_learns_and_both_arms_share_everything_but_the_weights(weights: Path, store: Store) -> None:
+    pretrained, scratch = run(weights, store), run(weights.parent, store, from_scratch=True)
+    assert (pretrained["arm"], scratch["arm"]) == ("pretrained", "scratch")
+    shared = (
+        "labels",
+        "seed",
+        "steps",
+        "batch",
+        "learning_rate",
+        "crop",
+        "train_cases",
+        "classes",
+        "weights_sha256",
+        "store_sha256",
+        "backbone",
+    )
+    assert {name: pretrained[name] for name in shared} == {name: scratch[name] for name in shared}
+    for line in (pretrained, scratch):
+        assert [case["case"] for case in line["cases"]] == [case["case"] for case in scratch["cases"]]
+        assert not {case["case"] for case in line["cases"]} & set(line["train_cases"])
+        assert line["loss"]["last"] < 0.8 * line["loss"]["first"]
+        # Chance: an eighth of the volume is ball.
+        assert line["dice"]["mean"] > 0.4
+        assert set(line["dice"]["classes"]) == {"2", "5"}
+    assert pretrained["loss"]["first"] != scratch["loss"]["first"]
+
+    lines = (weights.parent / "finetune" / "finetune.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [pretrained, scratch]
+
+
+def test_a_repetition_on_the_cpu_gives_the_same_numbers(weights: Path, store: Store, tmp_path: Path) -> None:
+    first, second = (run(weights, store, steps=4, output=tmp_path / name) for name in ("a", "b"))
+    assert first["loss"] == second["loss"]
+    assert first["cases"] == second["cases"]
+    assert Path(first["model"]).read_bytes() == Path(second["model"]).read_bytes()
+
+
+def test_the_saved_model_predicts_what_was_scored(weights: Path, store: Store) -> None:
+    line = run(weights, store, steps=6)
+    assert line["model"].endswith("pretrained-labels3-seed0.safetensors")
+    tensors, description = load_weights(line["model"])
+    assert description["classes"] == [0, 2, 5]
+    assert description["spacing_mm"] == [1.0, 1.0, 1.0]
+    assert description["prepare"] == store.settings
+    network = build_network(BackboneConfig.from_dict(description["backbone"]), classes=3)
+    network.load_state_dict(tensors, strict=False)
+    case = next(case for case in store.cases if case.id == line["cases"][0]["case"])
+    item = read_case(store, case, (0, 2, 5))
+    prediction = predict(
+        network, item.image, tuple(description["crop"]), case.intensity["background"], torch.device("cpu")
+    )
+    both = ((prediction == 1) & (item.label == 1)).sum()
+    dice = 2 * both / ((prediction == 1).sum() + (item.label == 1).sum())
+    assert dice.item() == pytest.approx(line["cases"][0]["dice"]["2"], abs=1e-6)
+
+
+def test_the_caller_s_random_state_is_left_alone(weights: Path, store: Store) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run(weights, store, steps=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_crop_is_rounded_up_and_said(weights: Path, store: Store, capsys) -> None:
+    line = run(weights, store, steps=1, crop=(10, 16, 20), progress=True)
+    assert line["crop"] == [12, 16, 20]
+    assert "rounded up to (12, 16, 20)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_changed_volume_is_refused(weights: Path, store: Store) -> None:
+    for file in (store.path / VOLUMES).iterdir():
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(UserError, match="changed since the index was written"):
+        run(weights, store)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BackboneConfig(features=[4, 8], dimensions=2), "holds a 2-D network, fine-tuning segments 3-D volumes"),
+        (BackboneConfig(features=[4, 8], input_channels=2), "its network takes 2 channels"),
+    ],
+)
+def test_weights_that_cannot_segment_the_store_are_refused(
+    config: BackboneConfig, message: str, make_weights: Callable[..., Path], store: Store, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(make_weights(tmp_path / "other.safetensors", config), store)
+
+
+def test_bad_settings_are_refused(weights: Path, store: Store, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected positive numbers"):
+        run(weights, store, steps=0)
+    with pytest.raises(UserError, match="device 'abacus': not usable here"):
+        run(weights, store, device="abacus")
+    with pytest.raises(UserError, match="is not a store"):
+        finetune(weights, tmp_path, labels=1, seed=0, progress=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        run(weights, store, steps=1, output=tmp_path / "file")
+    assert not (weights.parent / "finetune").exists()
