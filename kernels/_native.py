@@ -27,7 +27,6 @@ def load_cpu() -> bool:
     return _loaded["cpu"]
 
 
-@torch.compiler.assume_constant_result
 def load_cuda() -> bool:
     """Loads `_C_cuda`, which registers the CUDA implementations. False, with a warning, where that is impossible.
 

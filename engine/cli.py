@@ -1,0 +1,160 @@
+"""The command line: voxtrast prepare | pretrain | finetune | table | export | report | recipes | demo."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .errors import UserError
+
+app = typer.Typer(
+    name="voxtrast",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Self-supervised pretraining of volumetric medical images.",
+)
+
+
+@app.command()
+def prepare(
+    raw: Annotated[Path, typer.Argument(help="Folder of NIfTI, NRRD, MHA files and DICOM series.")],
+    store: Annotated[Path, typer.Argument(help="Where the prepared volumes go.")],
+    spacing_mm: Annotated[float, typer.Option(help="Voxel size after resampling, all axes.")] = 1.5,
+    modality: Annotated[str, typer.Option(help="ct, mr or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    workers: Annotated[int | None, typer.Option(help="Processes; default one per core.")] = None,
+    minimum_size_voxels: Annotated[int, typer.Option(help="Smaller volumes are rejected.")] = 16,
+) -> None:
+    """Turn raw volumes into a store: reoriented, resampled, normalised. Resumable; a second run does nothing."""
+    from .data.prepare import prepare as run
+
+    summary = run(
+        raw,
+        store,
+        spacing_mm=spacing_mm,
+        modality=modality,
+        dtype=dtype,
+        workers=workers,
+        minimum_size_voxels=minimum_size_voxels,
+    )
+    print(summary)
+    raise typer.Exit(summary.exit_code)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
+def pretrain(context: typer.Context) -> None:
+    """Pretrain: RECIPE data=STORE output=RUN train.steps=N key=value ... (the same words as for the launchers)."""
+    from .pretrain import main as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command()
+def finetune(
+    weights: Annotated[Path, typer.Argument(help="RUN/weights.safetensors, or the folder RUN.")],
+    store: Annotated[Path, typer.Argument(help="A store with labels.")],
+    labels: Annotated[int, typer.Option(help="Number of labelled cases to learn from.")],
+    seed: Annotated[int, typer.Option(help="Chooses the cases and everything random.")] = 0,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Same network and budget, no weights.")] = False,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 300,
+    batch: Annotated[int, typer.Option(help="Crops per step.")] = 2,
+    learning_rate: Annotated[float, typer.Option(help="Highest rate of the one-cycle schedule.")] = 3e-3,
+    crop: Annotated[str | None, typer.Option(help="D,H,W voxels; default the store's median shape.")] = None,
+    flips: Annotated[bool, typer.Option("--flips", help="Mirror the axes at random.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    output: Annotated[Path | None, typer.Option(help="Folder for finetune.jsonl and the models.")] = None,
+) -> None:
+    """Fine-tune for segmentation with few labels and measure Dice on the cases held aside."""
+    from .downstream.finetune import finetune as run
+
+    run(
+        weights, store, labels=labels, seed=seed, from_scratch=from_scratch, steps=steps, batch=batch,
+        learning_rate=learning_rate, crop=_three_numbers(crop), flips=flips, device=device, output=output,
+    )  # fmt: skip
+
+
+@app.command()
+def table(
+    files: Annotated[list[Path], typer.Argument(help="finetune.jsonl files.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print it as Markdown.")] = False,
+) -> None:
+    """Compare fine-tuning runs: Dice by number of labels, pretrained against from scratch, with intervals."""
+    from .downstream.table import label_table, read_lines, to_markdown, to_rich
+
+    rows = label_table(read_lines(files))
+    if markdown:
+        print(to_markdown(rows), end="")
+    else:
+        Console().print(*to_rich(rows))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or its weights.safetensors.")],
+    file: Annotated[Path, typer.Argument(help="The file to write.")],
+    to: Annotated[str, typer.Option(help="nnunet or safetensors.")],
+) -> None:
+    """Write the pretrained weights for another program."""
+    from .export import export as write
+
+    for line in write(run, to, file):
+        print(line)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    output: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+) -> None:
+    """One self-contained HTML page about runs: views, recovered displacements, features, curves, Dice."""
+    from .report import write_report
+
+    write_report(runs, output)
+    Console().print(f"wrote {output}", highlight=False)
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Show all settings of one recipe.")] = None) -> None:
+    """List the recipes, or every setting of one."""
+    from omegaconf import OmegaConf
+
+    from ..methods import recipe_names
+    from .config import load_config
+
+    if name is None:
+        print("\n".join(recipe_names()))
+    else:
+        print(OmegaConf.to_yaml(OmegaConf.structured(load_config(name))), end="")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where everything of the demo goes.")] = Path("runs/demo"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew in place of continuing.")] = False,
+) -> None:
+    """Prepare, pretrain, fine-tune, export and report on made-up subjects: no data needed."""
+    from .demo import run_demo
+
+    run_demo(output, fresh=fresh)
+
+
+def _three_numbers(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    try:
+        depth, height, width = (int(number) for number in text.split(","))
+    except ValueError:
+        raise UserError(f"--crop {text}: expected three whole numbers D,H,W, for example 40,56,40") from None
+    return depth, height, width
+
+
+def main() -> None:
+    """The console script; a mistake of the user is one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

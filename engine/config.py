@@ -1,0 +1,268 @@
+"""Typed configuration: a recipe, then `key=value` words, checked against structured dataclasses."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..methods import METHODS, BackboneConfig, recipe_names
+from .errors import UserError
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 1000
+    global_batch: int = 2  # samples per step over all ranks and micro-batches
+    accumulation: int = 1  # micro-batches per step on each rank
+    autocast: str = "off"  # off | bfloat16
+    ema_decay: float = 0.0  # 0 switches the moving average off; with it, the average is what is exported
+    threads: int = 0  # torch threads per process; 0 leaves them as they are
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = "adamw"  # adamw | adam | sgd | apex_fused_adam | apex_fused_lamb
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    momentum: float = 0.9  # of sgd
+    gradient_clip: float = 0.0  # global norm; 0 for none
+
+
+@dataclass
+class ScheduleConfig:
+    name: str = "cosine"  # cosine | constant
+    warmup_steps: int = 0  # linear, from learning_rate / warmup_steps
+    final_fraction: float = 0.0  # of the learning rate, reached at the last step
+
+
+@dataclass
+class ValidationConfig:
+    fraction: float = 0.2  # of the cases, held aside: the ones that `finetune` tests on
+    every: int = 200  # steps; 0 for never
+    batches: int = 4  # of the global batch's size, always the same views
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 500  # steps; the last step is always saved
+    keep: int = 2
+
+
+@dataclass
+class LoaderConfig:
+    threads: int = 2  # of the data pipeline, per rank
+    prefetch: int = 2  # batches prepared ahead
+    verify: str = "contents"  # contents: checksum of every file of the store before training | sizes
+
+
+@dataclass
+class DeepSpeedConfig:
+    zero_stage: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)  # merged into DeepSpeed's JSON as it is
+    config_file: str | None = None  # a JSON file merged likewise, before `extra`
+
+
+@dataclass
+class Config:
+    recipe: str = MISSING
+    data: str = ""  # the store
+    output: str = ""  # the run's folder
+    seed: int = 0
+    resume: str = "auto"  # auto: continue what the output folder holds | never: refuse a folder that holds a run
+    device: str = "auto"  # auto | cpu | cuda
+    method: Any = MISSING
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    views: Any = MISSING
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+
+
+# A resumed run may differ from its beginning in these alone; anything else would make it another experiment.
+CHANGEABLE = (
+    "output",
+    "resume",
+    "device",
+    "train.steps",
+    "train.threads",
+    "train.accumulation",
+    "validation",
+    "checkpoint",
+    "loader",
+    "deepspeed",
+)
+
+CHOICES = {
+    "train.autocast": ("off", "bfloat16"),
+    "optimizer.name": ("adamw", "adam", "sgd", "apex_fused_adam", "apex_fused_lamb"),
+    "schedule.name": ("cosine", "constant"),
+    "loader.verify": ("contents", "sizes"),
+    "resume": ("auto", "never"),
+    "device": ("auto", "cpu", "cuda"),
+}
+POSITIVE = (
+    "train.steps",
+    "train.global_batch",
+    "train.accumulation",
+    "optimizer.learning_rate",
+    "loader.threads",
+    "loader.prefetch",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "validation.batches",
+)
+NOT_NEGATIVE = (
+    "train.ema_decay",
+    "train.threads",
+    "optimizer.weight_decay",
+    "optimizer.gradient_clip",
+    "seed",
+    "schedule.warmup_steps",
+    "schedule.final_fraction",
+    "validation.every",
+    "validation.fraction",
+)
+
+
+def load_config(recipe: str, words: Sequence[str] = ()) -> Config:
+    """The typed configuration of one run.
+
+    Args:
+        recipe: name of a recipe of the package, or the path of a YAML file.
+        words: `key=value` settings, dotted keys, later ones win.
+
+    Raises: UserError for an unknown recipe, key or value, naming the nearest right one.
+    """
+    return _typed(OmegaConf.merge({"recipe": recipe}, _read_recipe(recipe), _read_words(words)))
+
+
+def read_config(path: Path) -> Config:
+    """The configuration that a run wrote into its folder."""
+    try:
+        return _typed(OmegaConf.load(path))
+    except OSError as error:
+        raise UserError(f"{path}: not a run's config.yaml ({error.strerror}); give the folder of a run") from None
+
+
+def write_config(config: Config, path: Path) -> None:
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Settings that a resumed run must not change, as `key: old -> new`."""
+    before, after = _flatten(OmegaConf.structured(old)), _flatten(OmegaConf.structured(new))
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(set(before) | set(after))
+        if before.get(key) != after.get(key) and not any(key == c or key.startswith(c + ".") for c in CHANGEABLE)
+    ]
+
+
+def _read_recipe(recipe: str) -> Any:
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"recipe {recipe}: no such file; the package has {', '.join(recipe_names())}")
+        text = path.read_text()
+    elif recipe in recipe_names():
+        text = (resources.files("voxtrast.methods") / "recipes" / f"{recipe}.yaml").read_text()
+    else:
+        raise UserError(
+            f"recipe {recipe!r} is unknown;{_nearest(recipe, recipe_names())} "
+            f"the package has {', '.join(recipe_names())}, or give the path of a .yaml file"
+        )
+    try:
+        return OmegaConf.create(text)
+    except Exception as error:  # the YAML reader's errors have no common base
+        raise UserError(f"recipe {recipe}: not readable as YAML: {str(error).splitlines()[0]}") from None
+
+
+def _read_words(words: Sequence[str]) -> Any:
+    for word in words:
+        if "=" not in word or word.startswith(("-", "=")):
+            raise UserError(f"{word!r} is not a setting; expected key=value, for example train.steps=1000")
+    return OmegaConf.from_dotlist(list(words))
+
+
+def _typed(raw: Any) -> Config:
+    name = OmegaConf.select(raw, "method.name")
+    if name not in METHODS:
+        raise UserError(
+            f"method.name: {name!r} is unknown;{_nearest(str(name), METHODS)} "
+            f"this version has {', '.join(sorted(METHODS))}"
+        )
+    method = METHODS[name]
+    schema = OmegaConf.structured(Config)
+    OmegaConf.set_struct(schema, False)
+    schema.method, schema.views = OmegaConf.structured(method.Config), OmegaConf.structured(method.Views)
+    OmegaConf.set_struct(schema.deepspeed.extra, False)
+    _refuse_unknown(schema, raw)
+    try:
+        merged = OmegaConf.merge(schema, raw)
+        _check(merged)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{error.full_key}: {first}" if error.full_key else first) from None
+    assert isinstance(config, Config)
+    return config
+
+
+def _refuse_unknown(schema: DictConfig, raw: Any) -> None:
+    known = set(_flatten(schema)) | {"deepspeed.extra"}
+    groups = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
+    for key in _flatten(raw):
+        if key in known or key.startswith("deepspeed.extra.") or key in groups:
+            continue
+        tail = key.rsplit(".", 1)[-1]
+        same_tail = [name for name in sorted(known) if name.rsplit(".", 1)[-1] == tail]
+        raise UserError(
+            f"setting {key!r} is unknown;{_nearest(key, same_tail or known | groups)} "
+            f"`voxtrast recipes` lists the recipes and their settings"
+        )
+
+
+def _check(merged: Any) -> None:
+    for key, choices in CHOICES.items():
+        value = OmegaConf.select(merged, key)
+        if value not in choices:
+            raise UserError(f"{key}: {value!r} is not one of {', '.join(choices)};{_nearest(str(value), choices)}")
+    for keys, lowest in ((POSITIVE, "more than 0"), (NOT_NEGATIVE, "0 or more")):
+        for key in keys:
+            value = OmegaConf.select(merged, key)
+            if value < 0 or (value == 0 and keys is POSITIVE):
+                raise UserError(f"{key}: expected {lowest}, got {value}")
+    if merged.deepspeed.zero_stage not in (0, 1):
+        raise UserError(f"deepspeed.zero_stage: this version runs stages 0 and 1, got {merged.deepspeed.zero_stage}")
+    if not 0 <= merged.validation.fraction < 1:
+        raise UserError(f"validation.fraction: expected 0 up to less than 1, got {merged.validation.fraction}")
+    if not 0 <= merged.train.ema_decay < 1:
+        raise UserError(f"train.ema_decay: expected 0 up to less than 1, got {merged.train.ema_decay}")
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted leaf keys and their values; lists are leaves."""
+    leaves: dict[str, Any] = {}
+    for key in node:
+        missing = OmegaConf.is_missing(node, key)
+        value = None if missing else node[key]
+        if isinstance(value, DictConfig) and len(value):
+            leaves.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            leaves[f"{prefix}{key}"] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return leaves
+
+
+def _nearest(word: str, names: Any) -> str:
+    close = difflib.get_close_matches(word, sorted(names), n=1, cutoff=0.5)
+    return f" did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,114 @@
+"""The entry point of pretraining, the same for every launcher:
+
+voxtrast pretrain RECIPE data=STORE output=RUN key=value ...
+deepspeed --module voxtrast.engine.pretrain RECIPE data=STORE output=RUN key=value ...
+torchrun -m voxtrast.engine.pretrain RECIPE data=STORE output=RUN key=value ...
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from .config import Config, differences, load_config, read_config, write_config
+from .data.store import Store
+from .deepspeed import Ranks, deepspeed_json, start_processes, stop_processes, wrap
+from .errors import UserError
+from .runs import build_method, describe, open_cases
+from .trainer import Interrupted, Trainer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs pretraining; returns the exit code: 0 done, 2 for a mistake of the user, 128 + signal when stopped."""
+    parser = argparse.ArgumentParser(prog="voxtrast pretrain", description="Pretrain a network on a store of volumes.")
+    parser.add_argument("recipe", help="name of a recipe, or the path of a YAML file")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="data=STORE output=RUN train.steps=N ...")
+    parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON merged over the generated one")
+    # The launchers say the rank in the environment as well, which is where it is read.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    parsed = parser.parse_args(arguments)
+    words = list(parsed.settings)
+    if parsed.deepspeed_config:
+        words.append(f"deepspeed.config_file={parsed.deepspeed_config}")
+    try:
+        pretrain(load_config(parsed.recipe, words))
+    except UserError as error:
+        # Every rank speaks: a file may be out of reach of one machine alone.
+        print(f"error{_on_rank()}: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as error:
+        print(f"{error}{_on_rank()}", file=sys.stderr)
+        return 128 + error.signal_number
+    finally:
+        stop_processes()
+    return 0
+
+
+def pretrain(config: Config) -> None:
+    """Runs or continues one run in this process, which may be one of several ranks."""
+    for key in ("data", "output"):
+        if not getattr(config, key):
+            raise UserError(f"{key}: not given; say {key}={'STORE' if key == 'data' else 'RUN'}")
+    method = build_method(config)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    ranks = start_processes(config.device)
+    deepspeed_json(config, ranks.size)
+    store, cases, aside, excluded = open_cases(config)
+    _once(ranks, lambda: _prepare_output(config, store))
+    if ranks.first:
+        for case, reason in excluded:
+            print(f"left out: {case.id}: {reason}", file=sys.stderr)
+        print(
+            f"{config.recipe}: {len(cases)} volumes to train on, {len(aside)} held aside, {ranks.size} rank(s) on "
+            f"{ranks.device.type}, {sum(p.numel() for p in method.parameters()) / 1e6:.2f} M parameters",
+            file=sys.stderr,
+        )
+    engine = wrap(method, config, ranks)
+    Trainer(engine, method, config, ranks, store, cases, aside, describe(config, cases)).train()
+
+
+def _prepare_output(config: Config, store: Store) -> None:
+    store.verify(contents=config.loader.verify == "contents")
+    run = Path(config.output)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        earlier = run / "config.yaml"
+        if earlier.exists():
+            if config.resume == "never":
+                raise UserError(f"output: {run} holds a run already; choose another, or resume=auto to continue it")
+            changed = differences(read_config(earlier), config)
+            if changed:
+                raise UserError(
+                    f"output: {run} holds a run with other settings ({'; '.join(changed)}); "
+                    f"choose another output, or give the settings that it was started with"
+                )
+        write_config(config, earlier)
+    except OSError as error:
+        raise UserError(
+            f"output: cannot write to {run} ({error.strerror}); choose a folder that can be written"
+        ) from None
+
+
+def _on_rank() -> str:
+    return f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+
+
+def _once(ranks: Ranks, work: Callable[[], None]) -> None:
+    """Does the work on the first rank; where it fails, every rank ends and none waits for another."""
+    error: UserError | None = None
+    if ranks.first:
+        try:
+            work()
+        except UserError as caught:
+            error = caught
+    failed = ranks.sum(torch.tensor(float(error is not None), device=ranks.device)).item() > 0
+    if failed:
+        raise error or UserError("stopped, because the first rank could not start")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

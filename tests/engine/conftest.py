@@ -1,0 +1,29 @@
+"""A small store of made-up volumes, prepared the way a user's are."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from scipy import ndimage
+
+from voxtrast.engine.data.prepare import prepare
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six volumes of 40^3 at 1 mm: smooth blobs with texture, and a label of the bright parts."""
+    folder = tmp_path_factory.mktemp("tiny")
+    generator = np.random.default_rng(0)
+    for kind in ("images", "labels"):
+        (folder / "raw" / kind).mkdir(parents=True)
+    for index in range(6):
+        blobs = ndimage.gaussian_filter(generator.standard_normal((40, 40, 40)), 4)
+        texture = ndimage.gaussian_filter(generator.standard_normal((40, 40, 40)), 1)
+        volume = 500 + 2000 * blobs / blobs.std() + 300 * texture / texture.std()
+        for kind, array in (("images", volume), ("labels", (blobs > blobs.std()).astype(np.uint8))):
+            image = sitk.GetImageFromArray(array.astype(np.float32) if kind == "images" else array)
+            sitk.WriteImage(image, str(folder / "raw" / kind / f"case_{index}.nii.gz"))
+    summary = prepare(folder / "raw", folder / "store", spacing_mm=1.0, workers=1, progress=False)
+    assert summary.exit_code == 0
+    return folder / "store"

@@ -1,0 +1,87 @@
+from pathlib import Path
+
+import pytest
+
+from voxtrast.engine.config import differences, load_config, read_config, write_config
+from voxtrast.engine.errors import UserError
+from voxtrast.methods import recipe_names
+
+WORDS = ["data=store", "output=run"]
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_is_valid(recipe: str) -> None:
+    config = load_config(recipe, WORDS)
+    assert config.recipe == recipe
+    assert len(config.views.crop) == config.backbone.dimensions
+
+
+def test_words_override_the_recipe_and_keep_their_types() -> None:
+    config = load_config(
+        "cover-tiny", [*WORDS, "views.crop=[32,32,24]", "views.affine.rotation_degrees=7", "train.steps=9"]
+    )
+    assert config.views.crop == [32, 32, 24]
+    assert config.views.affine.rotation_degrees == 7.0
+    assert config.train.steps == 9
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("train.stpes=3", "'train.steps'"),
+        ("steps=3", "'train.steps'"),
+        ("rotation_degrees=3", "'views.affine.rotation_degrees'"),
+        ("optimiser.name=adam", "'optimizer.name'"),
+        ("view.crop=[8,8,8]", "'views.crop'"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_right_one(word: str, named: str) -> None:
+    with pytest.raises(UserError, match="unknown") as caught:
+        load_config("cover-tiny", [word])
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("optimizer.name=adamm", "did you mean 'adam"),
+        ("train.steps=many", "train.steps"),
+        ("train.steps=0", "more than 0"),
+        ("optimizer.weight_decay=-1", "0 or more"),
+        ("deepspeed.zero_stage=7", "zero_stage"),
+        ("validation.fraction=1.5", "validation.fraction"),
+        ("method.name=covr", "did you mean 'cover'"),
+        ("train.steps", "key=value"),
+        ("--steps=3", "key=value"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_remedy(word: str, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("'", ".")):
+        load_config("cover-tiny", [word])
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="cover-3d"):
+        load_config("cover-3")
+
+
+def test_a_recipe_file_of_ones_own(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("method: {name: cover}\ntrain: {steps: 3}\n")
+    assert load_config(str(recipe), WORDS).train.steps == 3
+    recipe.write_text("method: {name: cover\n")
+    with pytest.raises(UserError, match="YAML"):
+        load_config(str(recipe))
+
+
+def test_a_written_configuration_reads_back_equal(tmp_path: Path) -> None:
+    config = load_config("cover-3d", [*WORDS, "deepspeed.extra.wall_clock_breakdown=true"])
+    write_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config
+
+
+def test_differences_list_what_a_resumed_run_must_not_change() -> None:
+    old = load_config("cover-tiny", WORDS)
+    assert differences(old, load_config("cover-tiny", [*WORDS, "train.steps=7", "checkpoint.every=3"])) == []
+    changed = differences(old, load_config("cover-tiny", [*WORDS, "seed=3", "method.radius=3"]))
+    assert changed == ["method.radius: 2 -> 3", "seed: 0 -> 3"]

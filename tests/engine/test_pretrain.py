@@ -1,0 +1,242 @@
+"""Runs through the front door: resume, signals, ranks, and what a user gets to read when something is wrong."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from voxtrast.engine.checkpoint import finished_checkpoints, load_checkpoint
+from voxtrast.engine.config import ScheduleConfig, load_config
+from voxtrast.engine.deepspeed import deepspeed_json
+from voxtrast.engine.errors import UserError
+from voxtrast.engine.trainer import rate_factor
+from voxtrast.engine.weights import load_weights
+
+SETTINGS = [
+    "backbone.features=[8,16,16]", "backbone.encoder_blocks=[1]", "backbone.decoder_blocks=[1]", "method.units=[2,1,1]",
+    "method.radius=1", "views.crop=[16,16,16]", "views.affine.translation_voxels=1", "views.affine.rotation_degrees=5",
+    "method.max_unreachable=1", "train.global_batch=4", "optimizer.learning_rate=0.001", "schedule.warmup_steps=0",
+    "validation.every=4", "validation.batches=1", "loader.threads=1", "train.threads=1", "device=cpu",
+]  # fmt: skip
+
+
+def command(store: Path, run: Path, *words: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    start = launcher or (sys.executable, "-m", "voxtrast.engine.pretrain")
+    return [*start, "cover-tiny", f"data={store}", f"output={run}", *SETTINGS, *words]
+
+
+def pretrain(store: Path, run: Path, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(store, run, *words, launcher=launcher), capture_output=True, text=True, env=environment
+    )
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def newest_model(run: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(finished_checkpoints(run / "checkpoints")[-1][1]).model
+
+
+def two_ranks() -> tuple[str, ...]:
+    launcher = Path(sys.executable).parent / "deepspeed"
+    return (str(launcher), "--num_accelerators", "2", "--master_port", str(29500 + os.getpid() % 1000),
+            "--module", "voxtrast.engine.pretrain")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    done = pretrain(tiny_store, run, "train.steps=8", "checkpoint.every=3")
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_a_run_leaves_what_the_documentation_says(uninterrupted: Path) -> None:
+    assert {path.name for path in uninterrupted.iterdir()} >= {"config.yaml", "log.jsonl", "checkpoints",
+                                                              "weights.safetensors", "tensorboard"}  # fmt: skip
+    lines = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    wanted = {"loss/vector", "loss/consistency", "learning_rate", "samples_per_second", "data_wait", "memory_mb",
+              "monitor/displacement_error", "monitor/zero_error", "monitor/unreachable_fraction"}  # fmt: skip
+    assert set(steps[0]) >= wanted
+    assert steps[0]["loss"] == pytest.approx(steps[0]["loss/vector"] + steps[0]["loss/consistency"], rel=1e-6)
+    held = [line for line in lines if "validation/loss" in line]
+    assert [line["step"] for line in held] == [0, 4, 8]
+    tensors, description = load_weights(uninterrupted / "weights.safetensors")
+    assert description["method"] == "cover"
+    assert description["step"] == 8
+    model = newest_model(uninterrupted)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, model[f"backbone.network.{name}"])
+
+
+def test_killed_at_any_moment_and_resumed_the_losses_are_the_same_bit_for_bit(
+    uninterrupted: Path, tiny_store: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = command(tiny_store, run, "train.steps=8", "checkpoint.every=3")
+    process = subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "log.jsonl").exists() and len(losses(run)) >= 5:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 6, "loss": 0.1')  # what a kill within a write leaves
+    done = pretrain(tiny_store, run, "train.steps=8", "checkpoint.every=3")
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == losses(uninterrupted)
+    resumed, whole = newest_model(run), newest_model(uninterrupted)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_says_so_and_continues_later(
+    number: signal.Signals, uninterrupted: Path, tiny_store: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = command(tiny_store, run, "train.steps=8", "checkpoint.every=100")
+    process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not ((run / "log.jsonl").exists() and losses(run)):
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, stderr
+    assert f"stopped by {number.name} after step" in stderr
+    assert "Traceback" not in stderr
+    saved = finished_checkpoints(run / "checkpoints")
+    assert [step for step, _ in saved] == [len(losses(run))]
+    done = pretrain(tiny_store, run, "train.steps=8", "checkpoint.every=100")
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == losses(uninterrupted)
+
+
+def relative_difference(run: Path, reference: Path) -> float:
+    ours, theirs = newest_model(run), newest_model(reference)
+    return max(((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-3)).item() for n in theirs)
+
+
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_two_ranks_equal_one_process(stage: int, tiny_store: Path, tmp_path: Path) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert pretrain(tiny_store, alone, "train.steps=5").returncode == 0
+    done = pretrain(tiny_store, together, "train.steps=5", f"deepspeed.zero_stage={stage}", launcher=two_ranks())
+    assert done.returncode == 0, done.stderr
+    assert relative_difference(together, alone) < 1e-5
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_run_of_two_ranks_continues_on_one_and_back(stage: int, tiny_store: Path, tmp_path: Path) -> None:
+    alone, changing = tmp_path / "alone", tmp_path / "changing"
+    assert pretrain(tiny_store, alone, "train.steps=6").returncode == 0
+    words = (f"deepspeed.zero_stage={stage}",)
+    # The schedule must be that of the whole run: it is stopped early, not shortened.
+    for steps, launcher in ((2, two_ranks()), (4, ()), (6, two_ranks())):
+        process = pretrain(
+            tiny_store, changing, *words, f"train.steps={steps}", "schedule.name=constant", launcher=launcher
+        )
+        assert process.returncode == 0, process.stderr
+    constant = tmp_path / "constant"
+    assert pretrain(tiny_store, constant, "train.steps=6", "schedule.name=constant").returncode == 0
+    assert relative_difference(changing, constant) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("train.accumulation=2",), ("train.accumulation=4",)])
+def test_accumulation_equals_the_whole_batch(words: tuple[str, ...], tiny_store: Path, tmp_path: Path) -> None:
+    assert pretrain(tiny_store, tmp_path / "whole", "train.steps=5").returncode == 0
+    assert pretrain(tiny_store, tmp_path / "parts", "train.steps=5", *words).returncode == 0
+    assert relative_difference(tmp_path / "parts", tmp_path / "whole") < 1e-5
+
+
+def test_the_moving_average_is_what_is_exported(tiny_store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = pretrain(tiny_store, run, "train.steps=2", "train.ema_decay=0.5", "train.autocast=bfloat16")
+    assert done.returncode == 0, done.stderr
+    state = load_checkpoint(finished_checkpoints(run / "checkpoints")[-1][1])
+    tensors, _ = load_weights(run / "weights.safetensors")
+    name = "decoder.stages.1.convs.0.conv.weight"
+    assert torch.equal(tensors[name], state.average[f"backbone.network.{name}"])
+    assert not torch.equal(tensors[name], state.model[f"backbone.network.{name}"])
+
+
+def test_mistakes_are_one_clear_line(uninterrupted: Path, tiny_store: Path, tmp_path: Path) -> None:
+    cases = {
+        ("train.stpes=3",): "train.steps",
+        (f"data={tmp_path}/nowhere",): "nowhere",
+        ("views.crop=[16,16,18]",): "views.crop",
+        ("views.crop=[128,128,128]",): "crop",
+        (f"output={uninterrupted}", "seed=5"): "seed: 0 -> 5",
+        (f"output={uninterrupted}", "resume=never"): "resume",
+        ("device=cuda",): "CUDA",
+        ("method.max_unreachable=0.001", "views.affine.translation_voxels=60", "views.crop=[32,32,32]"): "reach",
+        ("optimizer.name=apex_fused_adam",): "apex",
+    }
+    if torch.cuda.is_available():
+        del cases[("device=cuda",)]
+    for words, named in cases.items():
+        done = pretrain(tiny_store, tmp_path / "run", "train.steps=1", *words)
+        assert done.returncode == 2, (words, done.stderr)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+        assert len(errors) == 1, done.stderr
+        assert named in errors[0]
+        assert "Traceback" not in done.stderr
+
+
+def test_a_store_that_changed_is_refused_by_checksum(tiny_store: Path, tmp_path: Path) -> None:
+    volume = sorted((tiny_store / "volumes").iterdir())[2]
+    content = volume.read_bytes()
+    try:
+        volume.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        done = pretrain(tiny_store, tmp_path / "run", "train.steps=1")
+    finally:
+        volume.write_bytes(content)
+    assert done.returncode == 2
+    assert volume.name in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_deepspeeds_json_always_says_how_gradients_are_clipped(tmp_path: Path) -> None:
+    words = ["data=store", "output=run", "train.global_batch=8", "train.accumulation=2"]
+    settings = deepspeed_json(load_config("cover-tiny", [*words, "optimizer.gradient_clip=0"]), ranks=2)
+    assert settings["gradient_clipping"] == 0.0
+    assert settings["train_micro_batch_size_per_gpu"] == 2
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"reduce_bucket_size": 1000}, "steps_per_print": 7}')
+    words += [f"deepspeed.config_file={file}", "deepspeed.extra.steps_per_print=9"]
+    merged = deepspeed_json(load_config("cover-tiny", words), ranks=1)
+    assert merged["zero_optimization"] == {"stage": 0, "reduce_bucket_size": 1000}
+    assert merged["steps_per_print"] == 9
+    with pytest.raises(UserError, match="multiple of 6"):
+        deepspeed_json(load_config("cover-tiny", words), ranks=3)
+
+
+def test_the_schedule_warms_up_and_falls_to_its_end() -> None:
+    cosine = ScheduleConfig("cosine", warmup_steps=10, final_fraction=0.1)
+    factors = [rate_factor(cosine, step, 110) for step in range(111)]
+    assert factors[0] == 0.1
+    assert factors[9] == factors[10] == 1.0
+    assert factors[60] == pytest.approx(0.55)
+    assert factors[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
+    assert rate_factor(ScheduleConfig("constant", warmup_steps=0), 5, 10) == 1.0
