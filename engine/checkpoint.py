@@ -5,7 +5,6 @@ a checkpoint without it was cut off and does not count.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from .data.store import file_sha256
 from .errors import UserError
+from .weights import write_whole
 
 FORMAT = 1
 
@@ -30,32 +30,19 @@ class State:
 
 
 def save_checkpoint(folder: Path, state: State, keep: int) -> Path:
-    """Writes one checkpoint so that a kill at any moment leaves the one before it whole; then drops the oldest."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes one checkpoint so that a kill at any moment leaves the one before it whole; then drops the oldest.
+
+    Checkpoints of later steps go as well: the run was resumed from before them, so they are damaged.
+    """
     path = folder / f"step-{state.step:08d}.pt"
-    temporary = path.with_suffix(".pt.part")
-    try:
-        torch.save({"format": FORMAT, **vars(state)}, temporary)
-        _flush(temporary)
-        digest = file_sha256(temporary)
-        os.replace(temporary, path)
-        description = {"step": state.step, "bytes": path.stat().st_size, "sha256": digest}
-        _write_text(path.with_suffix(".json"), json.dumps(description))
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot write the checkpoint ({error.strerror or error}); free some space or choose "
-            f"another output; the checkpoints before it are whole"
-        ) from None
-    except RuntimeError as error:  # torch's file writer reports a full disk so
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot write the checkpoint ({str(error).splitlines()[0]}); free some space or choose "
-            f"another output; the checkpoints before it are whole"
-        ) from None
-    for _, old in finished_checkpoints(folder)[:-keep]:
-        old.with_suffix(".json").unlink()
-        old.unlink(missing_ok=True)
+    write_whole(path, lambda partial: torch.save({"format": FORMAT, **vars(state)}, partial))
+    description = json.dumps({"step": state.step, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
+    write_whole(path.with_suffix(".json"), lambda partial: partial.write_text(description))
+    earlier = [old for step, old in finished_checkpoints(folder) if step <= state.step]
+    kept = {each.name for old in earlier[-keep:] for each in (old, old.with_suffix(".json"))}
+    for file in [*folder.glob("*.json"), *folder.glob("*.pt"), *folder.glob(".*.partial")]:
+        if file.name not in kept:
+            file.unlink(missing_ok=True)
     return path
 
 
@@ -96,15 +83,3 @@ def load_checkpoint(path: Path) -> State:
     if content.pop("format") != FORMAT:
         raise UserError(f"{path}: written by another version of voxtrast; this one reads format {FORMAT}")
     return State(**content)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".json.part")
-    temporary.write_text(text)
-    _flush(temporary)
-    os.replace(temporary, path)

@@ -4,8 +4,11 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from rich.console import Console
+try:
+    import typer
+    from rich.console import Console
+except ImportError as missing:  # the bare install is the kernels alone
+    sys.exit(f"error: {missing.name} is not installed; the command line needs voxtrast[engine]")
 
 from .errors import UserError
 
@@ -78,7 +81,7 @@ def finetune(
 
 @app.command()
 def table(
-    files: Annotated[list[Path], typer.Argument(help="finetune.jsonl files.")],
+    files: Annotated[list[Path], typer.Argument(help="finetune.jsonl files, or their folders.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print it as Markdown.")] = False,
 ) -> None:
     """Compare fine-tuning runs: Dice by number of labels, pretrained against from scratch, with intervals."""

@@ -1,6 +1,7 @@
 """Typed configuration: a recipe, then `key=value` words, checked against structured dataclasses."""
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -9,9 +10,11 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ..methods import METHODS, BackboneConfig, recipe_names
 from .errors import UserError
+from .weights import write_whole
 
 
 @dataclass
@@ -19,7 +22,7 @@ class TrainConfig:
     steps: int = 1000
     global_batch: int = 2  # samples per step over all ranks and micro-batches
     accumulation: int = 1  # micro-batches per step on each rank
-    autocast: str = "off"  # off | bfloat16
+    autocast: str = "none"  # none | bfloat16
     ema_decay: float = 0.0  # 0 switches the moving average off; with it, the average is what is exported
     threads: int = 0  # torch threads per process; 0 leaves them as they are
 
@@ -38,7 +41,7 @@ class OptimizerConfig:
 class ScheduleConfig:
     name: str = "cosine"  # cosine | constant
     warmup_steps: int = 0  # linear, from learning_rate / warmup_steps
-    final_fraction: float = 0.0  # of the learning rate, reached at the last step
+    final_fraction: float = 0.0  # of the learning rate, which the cosine falls to
 
 
 @dataclass
@@ -72,6 +75,7 @@ class DeepSpeedConfig:
 class Config:
     recipe: str = MISSING
     data: str = ""  # the store
+    data_sha256: str = ""  # of the store's index; filled in at the start, so that a resumed run meets the same cases
     output: str = ""  # the run's folder
     seed: int = 0
     resume: str = "auto"  # auto: continue what the output folder holds | never: refuse a folder that holds a run
@@ -90,20 +94,22 @@ class Config:
 
 # A resumed run may differ from its beginning in these alone; anything else would make it another experiment.
 CHANGEABLE = (
+    "data",
     "output",
     "resume",
     "device",
     "train.steps",
     "train.threads",
     "train.accumulation",
-    "validation",
+    "validation.every",
+    "validation.batches",
     "checkpoint",
     "loader",
     "deepspeed",
 )
 
 CHOICES = {
-    "train.autocast": ("off", "bfloat16"),
+    "train.autocast": ("none", "bfloat16"),
     "optimizer.name": ("adamw", "adam", "sgd", "apex_fused_adam", "apex_fused_lamb"),
     "schedule.name": ("cosine", "constant"),
     "loader.verify": ("contents", "sizes"),
@@ -122,16 +128,14 @@ POSITIVE = (
     "validation.batches",
 )
 NOT_NEGATIVE = (
-    "train.ema_decay",
     "train.threads",
     "optimizer.weight_decay",
     "optimizer.gradient_clip",
     "seed",
     "schedule.warmup_steps",
-    "schedule.final_fraction",
     "validation.every",
-    "validation.fraction",
 )
+FRACTIONS = ("train.ema_decay", "optimizer.momentum", "schedule.final_fraction", "validation.fraction")
 
 
 def load_config(recipe: str, words: Sequence[str] = ()) -> Config:
@@ -152,10 +156,16 @@ def read_config(path: Path) -> Config:
         return _typed(OmegaConf.load(path))
     except OSError as error:
         raise UserError(f"{path}: not a run's config.yaml ({error.strerror}); give the folder of a run") from None
+    except (UserError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(
+            f"{path}: damaged ({str(error).splitlines()[0]}); write it again, or move the run away"
+        ) from None
 
 
 def write_config(config: Config, path: Path) -> None:
-    OmegaConf.save(OmegaConf.structured(config), path)
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    if not path.exists() or path.read_text() != text:
+        write_whole(path, lambda partial: partial.write_text(text))
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -183,7 +193,7 @@ def _read_recipe(recipe: str) -> Any:
         )
     try:
         return OmegaConf.create(text)
-    except Exception as error:  # the YAML reader's errors have no common base
+    except (YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"recipe {recipe}: not readable as YAML: {str(error).splitlines()[0]}") from None
 
 
@@ -191,6 +201,10 @@ def _read_words(words: Sequence[str]) -> Any:
     for word in words:
         if "=" not in word or word.startswith(("-", "=")):
             raise UserError(f"{word!r} is not a setting; expected key=value, for example train.steps=1000")
+        try:
+            OmegaConf.from_dotlist([word])
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{word!r} is not readable as key=value: {str(error).splitlines()[0]}") from None
     return OmegaConf.from_dotlist(list(words))
 
 
@@ -206,8 +220,8 @@ def _typed(raw: Any) -> Config:
     OmegaConf.set_struct(schema, False)
     schema.method, schema.views = OmegaConf.structured(method.Config), OmegaConf.structured(method.Views)
     OmegaConf.set_struct(schema.deepspeed.extra, False)
-    _refuse_unknown(schema, raw)
     try:
+        _refuse_unknown(schema, raw)
         merged = OmegaConf.merge(schema, raw)
         _check(merged)
         config = OmegaConf.to_object(merged)
@@ -228,11 +242,15 @@ def _refuse_unknown(schema: DictConfig, raw: Any) -> None:
         same_tail = [name for name in sorted(known) if name.rsplit(".", 1)[-1] == tail]
         raise UserError(
             f"setting {key!r} is unknown;{_nearest(key, same_tail or known | groups)} "
-            f"`voxtrast recipes` lists the recipes and their settings"
+            f"`voxtrast recipes NAME` lists all settings of a recipe"
         )
 
 
 def _check(merged: Any) -> None:
+    for group in ("method", "backbone", "views", "train", "optimizer", "schedule", "validation", "checkpoint", "loader",
+                  "deepspeed"):  # fmt: skip
+        if OmegaConf.select(merged, group) is None:
+            raise UserError(f"{group}: expected a group of settings, got null; leave it out to take the defaults")
     for key, choices in CHOICES.items():
         value = OmegaConf.select(merged, key)
         if value not in choices:
@@ -240,14 +258,22 @@ def _check(merged: Any) -> None:
     for keys, lowest in ((POSITIVE, "more than 0"), (NOT_NEGATIVE, "0 or more")):
         for key in keys:
             value = OmegaConf.select(merged, key)
-            if value < 0 or (value == 0 and keys is POSITIVE):
-                raise UserError(f"{key}: expected {lowest}, got {value}")
+            if not (value > 0 or (value == 0 and keys is NOT_NEGATIVE)) or value == math.inf:
+                raise UserError(f"{key}: expected a finite number, {lowest}, got {value}")
+    for key in FRACTIONS:
+        value = OmegaConf.select(merged, key)
+        if not 0 <= value < 1:
+            raise UserError(f"{key}: expected 0 up to less than 1, got {value}")
+    betas = list(merged.optimizer.betas)
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"optimizer.betas: expected two numbers from 0 up to less than 1, got {betas}")
     if merged.deepspeed.zero_stage not in (0, 1):
         raise UserError(f"deepspeed.zero_stage: this version runs stages 0 and 1, got {merged.deepspeed.zero_stage}")
-    if not 0 <= merged.validation.fraction < 1:
-        raise UserError(f"validation.fraction: expected 0 up to less than 1, got {merged.validation.fraction}")
-    if not 0 <= merged.train.ema_decay < 1:
-        raise UserError(f"train.ema_decay: expected 0 up to less than 1, got {merged.train.ema_decay}")
+    if merged.schedule.warmup_steps >= merged.train.steps and merged.schedule.warmup_steps > 0:
+        raise UserError(
+            f"schedule.warmup_steps: {merged.schedule.warmup_steps} would not end within train.steps="
+            f"{merged.train.steps}; lower it, for example to {merged.train.steps // 20}"
+        )
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,20 @@ from torch import Tensor, nn
 from ..methods import Method
 from .config import Config, OptimizerConfig
 from .errors import UserError
+
+# What the loop, the schedule and the checkpoints rely on; said once, in the typed configuration.
+OURS = {
+    "train_batch_size": "set train.global_batch",
+    "train_micro_batch_size_per_gpu": "set train.global_batch and train.accumulation",
+    "gradient_accumulation_steps": "set train.accumulation",
+    "gradient_clipping": "set optimizer.gradient_clip",
+    "zero_optimization.stage": "set deepspeed.zero_stage",
+    "torch_autocast": "set train.autocast",
+    "fp16": "set train.autocast=bfloat16",
+    "bf16": "set train.autocast=bfloat16",
+    "optimizer": "set optimizer.name and what stands beside it",
+    "scheduler": "set schedule.name and what stands beside it",
+}
 
 
 @dataclass(frozen=True)
@@ -34,9 +49,21 @@ class Ranks:
         return self.sum(values) / self.size
 
     def sum(self, values: Tensor) -> Tensor:
+        values = values.to(self.device)
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def on_first(self, work: Callable[[], None]) -> None:
+        """Does the work on the first rank; where it fails, every rank ends and none waits for another."""
+        error: Exception | None = None
+        if self.first:
+            try:
+                work()
+            except Exception as caught:
+                error = caught
+        if self.sum(torch.tensor(float(error is not None))).item() > 0:
+            raise error or UserError("stopped, because the first rank could not go on")
 
 
 def start_processes(device: str) -> Ranks:
@@ -93,16 +120,23 @@ def deepspeed_json(config: Config, ranks: int) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.gradient_clip,
         "zero_optimization": {"stage": config.deepspeed.zero_stage},
         "zero_allow_untested_optimizer": True,
-        "torch_autocast": {"enabled": config.train.autocast == "bfloat16", "dtype": "bfloat16"},
+        # Left unsaid, ZeRO 1 would also keep and add the gradients of convolutions in bfloat16.
+        "torch_autocast": {
+            "enabled": config.train.autocast == "bfloat16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
         "steps_per_print": 10**9,  # the engine logs for itself
     }
-    file = config.deepspeed.config_file
-    if file:
-        try:
-            settings = _merge(settings, json.loads(Path(file).read_text()))
-        except (OSError, ValueError) as error:
-            raise UserError(f"--deepspeed_config {file}: not a readable JSON file ({error})") from None
-    return _merge(settings, config.deepspeed.extra)
+    for source, extra in (
+        (f"--deepspeed_config {config.deepspeed.config_file}", _read_json(config.deepspeed.config_file)),
+        ("deepspeed.extra", config.deepspeed.extra),
+    ):
+        for key, remedy in OURS.items():
+            if _holds(extra, key):
+                raise UserError(f"{source}: {key} is decided by voxtrast; {remedy}")
+        settings = _merge(settings, extra)
+    return settings
 
 
 def wrap(method: Method, config: Config, ranks: Ranks) -> Any:
@@ -138,7 +172,9 @@ def _apex_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
             f"optimizer.name: {config.name} needs NVIDIA's apex built from its source (the `apex` on PyPI is "
             f"another project); use optimizer.name=adamw, torch's fused form"
         ) from None
-    return chosen(groups, lr=config.learning_rate, betas=tuple(config.betas))
+    # FusedLAMB would clip at 1.0 for itself; clipping is the engine's.
+    own_clipping = {"max_grad_norm": 0.0} if config.name == "apex_fused_lamb" else {}
+    return chosen(groups, lr=config.learning_rate, betas=tuple(config.betas), **own_clipping)
 
 
 def full_optimizer_state(engine: Any) -> dict[str, dict[str, Tensor]]:
@@ -173,8 +209,7 @@ def load_full_state(engine: Any, model: dict[str, Tensor], optimizer_state: dict
         for name, values in optimizer_state.items():
             parameter = named[name]
             engine.optimizer.state[parameter] = {
-                key: value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
-                for key, value in values.items()
+                key: value.to(parameter.device, copy=True) for key, value in values.items()
             }
         return
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -187,7 +222,8 @@ def load_full_state(engine: Any, model: dict[str, Tensor], optimizer_state: dict
     first = next(iter(optimizer_state.values()))
     for flat in zero.single_partition_of_fp32_groups:
         zero.optimizer.state[flat] = {
-            key: value.clone() if value.ndim == 0 else torch.zeros_like(flat) for key, value in first.items()
+            key: value.to(flat.device, copy=True) if value.ndim == 0 else torch.zeros_like(flat)
+            for key, value in first.items()
         }
     _link_optimizer_state(zero)
     for name, values in optimizer_state.items():
@@ -212,6 +248,25 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _partitioned(engine: Any) -> bool:
     return hasattr(engine.optimizer, "single_partition_of_fp32_groups")
+
+
+def _read_json(file: str | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        content = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--deepspeed_config {file}: not a readable JSON file ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--deepspeed_config {file}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _holds(settings: dict[str, Any], dotted: str) -> bool:
+    first, _, rest = dotted.partition(".")
+    if first not in settings:
+        return False
+    return not rest or (isinstance(settings[first], dict) and _holds(settings[first], rest))
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a run says of itself: JSON lines always, TensorBoard and a progress bar on the first rank."""
 
+import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -11,10 +11,12 @@ import psutil
 import torch
 
 from .deepspeed import Ranks
+from .errors import UserError
+from .weights import write_whole
 
 
 class Monitor:
-    """Writes RUN/log.jsonl, RUN/tensorboard and a progress bar; on ranks other than the first it does nothing."""
+    """Writes RUN/log.jsonl, RUN/validation.jsonl, RUN/tensorboard and a progress bar; all on the first rank alone."""
 
     def __init__(self, run: Path, ranks: Ranks, start: int, steps: int) -> None:
         self.active = ranks.first
@@ -25,9 +27,8 @@ class Monitor:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         from torch.utils.tensorboard import SummaryWriter
 
-        _drop_lines_after(run / "log.jsonl", start)
-        self.log = (run / "log.jsonl").open("a")
-        self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=start)
+        self.log, self.held_aside = (_LineFile(run / name, start) for name in ("log.jsonl", "validation.jsonl"))
+        self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else 0)
         self.console = Console(stderr=True)
         self.bar = Progress(
             TextColumn("pretrain"),
@@ -45,7 +46,8 @@ class Monitor:
         """One optimizer step: numbers by name; `step` counts from 1."""
         if not self.active:
             return
-        self._write(step, values)
+        self.log.write({"step": step, **values})
+        self._draw(step, values)
         numbers = (
             f"loss {values['loss']:.4g}  {values['samples_per_second']:.2f} samples/s  "
             f"data wait {values['data_wait']:.0%}  {values['memory_mb']:.0f} MB"
@@ -57,7 +59,8 @@ class Monitor:
     def validation(self, step: int, values: dict[str, float]) -> None:
         if not self.active:
             return
-        self._write(step, {f"validation/{name}": value for name, value in values.items()})
+        self.held_aside.write({"step": step, **values})
+        self._draw(step, {f"validation/{name}": value for name, value in values.items()})
         self.say(f"step {step}: held aside: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def say(self, line: str) -> None:
@@ -70,9 +73,7 @@ class Monitor:
             return torch.cuda.max_memory_allocated() / 1e6
         return psutil.Process().memory_info().rss / 1e6
 
-    def _write(self, step: int, values: dict[str, Any]) -> None:
-        self.log.write(json.dumps({"step": step, **values}) + "\n")
-        self.log.flush()
+    def _draw(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
 
@@ -85,20 +86,41 @@ class Monitor:
         if self.active:
             self.bar.stop()
             self.log.close()
+            self.held_aside.close()
             self.tensorboard.close()
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """A resumed run writes the steps after its checkpoint again; a line cut off by a kill goes as well."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+class _LineFile:
+    """A file of JSON lines that goes on after a step: a resumed run writes the steps after its checkpoint again."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self.path = path
+        kept = [line for line in _lines(path) if _step(line) <= start and start > 0]
+        write_whole(path, lambda partial: partial.write_text("".join(line + "\n" for line in kept)))
+        self.file = path.open("a")
+
+    def write(self, values: dict[str, Any]) -> None:
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    temporary = path.with_suffix(".jsonl.part")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    os.replace(temporary, path)
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); free some space, then run the same command again: "
+                f"it continues from the last checkpoint"
+            ) from None
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _step(line: str) -> float:
+    """The step of a line; a line cut off by a kill belongs to none."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -7,15 +7,17 @@ torchrun -m voxtrast.engine.pretrain RECIPE data=STORE output=RUN key=value ...
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from .checkpoint import finished_checkpoints
 from .config import Config, differences, load_config, read_config, write_config
-from .data.store import Store
-from .deepspeed import Ranks, deepspeed_json, start_processes, stop_processes, wrap
+from .data.store import INDEX, Store, file_sha256
+from .deepspeed import deepspeed_json, start_processes, stop_processes, wrap
 from .errors import UserError
 from .runs import build_method, describe, open_cases
 from .trainer import Interrupted, Trainer
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON merged over the generated one")
     # The launchers say the rank in the environment as well, which is where it is read.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)
     words = list(parsed.settings)
     if parsed.deepspeed_config:
         words.append(f"deepspeed.config_file={parsed.deepspeed_config}")
@@ -42,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         print(f"{error}{_on_rank()}", file=sys.stderr)
         return 128 + error.signal_number
+    except KeyboardInterrupt:
+        print("stopped by SIGINT before the first step; nothing is lost", file=sys.stderr)
+        return 128 + signal.SIGINT
     finally:
         stop_processes()
     return 0
@@ -58,7 +63,8 @@ def pretrain(config: Config) -> None:
     ranks = start_processes(config.device)
     deepspeed_json(config, ranks.size)
     store, cases, aside, excluded = open_cases(config)
-    _once(ranks, lambda: _prepare_output(config, store))
+    config.data_sha256 = file_sha256(store.path / INDEX)
+    ranks.on_first(lambda: _prepare_output(config, store))
     if ranks.first:
         for case, reason in excluded:
             print(f"left out: {case.id}: {reason}", file=sys.stderr)
@@ -77,7 +83,8 @@ def _prepare_output(config: Config, store: Store) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
         earlier = run / "config.yaml"
-        if earlier.exists():
+        # A run that was refused or stopped before its first checkpoint may begin again with other settings.
+        if earlier.exists() and finished_checkpoints(run / "checkpoints"):
             if config.resume == "never":
                 raise UserError(f"output: {run} holds a run already; choose another, or resume=auto to continue it")
             changed = differences(read_config(earlier), config)
@@ -95,19 +102,6 @@ def _prepare_output(config: Config, store: Store) -> None:
 
 def _on_rank() -> str:
     return f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-
-
-def _once(ranks: Ranks, work: Callable[[], None]) -> None:
-    """Does the work on the first rank; where it fails, every rank ends and none waits for another."""
-    error: UserError | None = None
-    if ranks.first:
-        try:
-            work()
-        except UserError as caught:
-            error = caught
-    failed = ranks.sum(torch.tensor(float(error is not None), device=ranks.device)).item() > 0
-    if failed:
-        raise error or UserError("stopped, because the first rank could not start")
 
 
 if __name__ == "__main__":

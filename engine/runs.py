@@ -43,7 +43,14 @@ def open_cases(config: Config) -> tuple[Store, list[Case], list[Case], list[tupl
     """The store of a run, its training cases, those held aside, and those that the crop cannot use, with the reason."""
     store = Store(Path(config.data))
     usable, excluded = usable_cases(store.cases, tuple(config.views.crop))
-    kept, aside = held_aside(usable, config.validation.fraction)
+    large_enough = {case.id for case in usable}
+    # All cases are split, whatever the crop: so are they where the weights are tested.
+    kept, aside = (
+        [case for case in part if case.id in large_enough]
+        for part in held_aside(store.cases, config.validation.fraction)
+    )
+    if not kept:
+        raise UserError(f"validation.fraction: {config.validation.fraction} leaves no case to train on; lower it")
     return store, kept, aside, excluded
 
 
@@ -72,6 +79,7 @@ def load_run(run: Path) -> LoadedRun:
         raise UserError(f"{run}: holds no checkpoint yet; let it run to its first one (checkpoint.every)")
     method = build_method(config)
     method.load_state_dict(state.model)
+    method.load_state_dict(state.average, strict=False)  # what is exported, where the run keeps an average
     method.eval()
     store, kept, aside, _ = open_cases(config)
     return LoadedRun(config, method, state.step, store, kept, aside)

@@ -1,10 +1,12 @@
 """The training loop. It adds scale and bookkeeping; what is learned is the method's business."""
 
+import copy
 import itertools
 import math
 import signal
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from .deepspeed import Ranks, full_optimizer_state, load_full_state
 from .errors import UserError
 from .monitor import Monitor
 from .signals import StopSignal
-from .weights import save_weights
+from .weights import RUN_WEIGHTS, save_weights
 
 
 class Interrupted(Exception):
@@ -57,6 +59,11 @@ class Trainer:
     def train(self) -> None:
         start = self._resume()
         steps = self.config.train.steps
+        if start == steps:
+            self.ranks.on_first(lambda: self._save_weights(start))
+            if self.ranks.first:
+                print(f"{self.run} has taken all of its {steps} steps; nothing to do", file=sys.stderr)
+            return
         with self.signal, Monitor(self.run, self.ranks, start, steps) as monitor, self._views(start) as views:
             validation = self._validation_batches()
             self._preflight(validation or self._draw(self.cases, "validation", 1), monitor)
@@ -65,7 +72,7 @@ class Trainer:
             batches_of_steps = iter(views)
             for step in range(start, steps):
                 began = time.perf_counter()
-                batches = next(batches_of_steps)
+                batches = self._next(batches_of_steps, step, start)
                 waited = time.perf_counter() - began
                 numbers, stop = self._step(batches, step)
                 seconds = time.perf_counter() - began
@@ -88,6 +95,16 @@ class Trainer:
                     self._save(done)
                 if stop and not last:
                     raise Interrupted(self.signal.number or signal.SIGTERM, done)
+
+    def _next(self, views: Iterator[list[Batch]], step: int, start: int) -> list[Batch]:
+        try:
+            return next(views)
+        except UserError:
+            # A volume that cannot be read any more must not cost the steps since the last checkpoint. Several ranks
+            # cannot save here: the others are on their way into the step.
+            if self.ranks.size == 1 and step > start:
+                self._save(step)
+            raise
 
     def _step(self, batches: list[Batch], step: int) -> tuple[dict[str, float], bool]:
         """One optimizer step over the micro-batches: its numbers over the global batch, and whether to stop."""
@@ -158,7 +175,7 @@ class Trainer:
 
     def _preflight(self, batches: list[Batch], monitor: Monitor) -> None:
         try:
-            numbers = self.method.preflight(batches)
+            numbers = self.method.preflight(batches, self.ranks.sum)
         except ValueError as error:
             raise UserError(str(error)) from None
         if numbers:
@@ -199,7 +216,13 @@ class Trainer:
         state, damaged = checkpoint.load_latest(self.run / "checkpoints")
         if self.ranks.first:
             for line in damaged:
-                print(f"skipped: {line}")
+                print(f"skipped: {line}", file=sys.stderr)
+        step = state.step if state else 0
+        if self.ranks.mean(torch.tensor(float(step))).item() != step:
+            raise UserError(
+                f"output: the ranks do not see the same checkpoints in {self.run}; it must be a folder that all of "
+                f"the machines share"
+            )
         if state is None:
             if self.config.train.ema_decay:
                 self.average = {name: p.detach().float().clone() for name, p in self.method.named_parameters()}
@@ -222,24 +245,23 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         optimizer = full_optimizer_state(self.engine)
-        if self.ranks.first:
-            model = self.method.state_dict()
-            state = checkpoint.State(step, model, optimizer, self.average)
+
+        def write() -> None:
+            state = checkpoint.State(step, self.method.state_dict(), optimizer, self.average)
             checkpoint.save_checkpoint(self.run / "checkpoints", state, self.config.checkpoint.keep)
-            save_weights(self.run / "weights.safetensors", self._transferable(), self.description | {"step": step})
-        self.ranks.sum(torch.zeros(1, device=self.ranks.device))  # nobody runs on before the file is whole
+            self._save_weights(step)
+
+        self.ranks.on_first(write)
+
+    def _save_weights(self, step: int) -> None:
+        save_weights(self.run / RUN_WEIGHTS, self._transferable(), self.description | {"step": step})
 
     def _transferable(self) -> dict[str, Tensor]:
         if not self.average:
             return self.method.transferable()
-        kept = {name: p.detach().clone() for name, p in self.method.named_parameters()}
-        with torch.no_grad():
-            for name, parameter in self.method.named_parameters():
-                parameter.copy_(self.average[name])
-            averaged = {name: tensor.clone() for name, tensor in self.method.transferable().items()}
-            for name, parameter in self.method.named_parameters():
-                parameter.copy_(kept[name])
-        return averaged
+        averaged = copy.deepcopy(self.method)
+        averaged.load_state_dict(self.average, strict=False)
+        return averaged.transferable()
 
 
 def rate_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:

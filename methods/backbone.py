@@ -74,6 +74,8 @@ def build_network(config: BackboneConfig, classes: int) -> nn.Module:
         "instance": nn.InstanceNorm3d if config.dimensions == 3 else nn.InstanceNorm2d,
         "group": _GroupNorm,
     }
+    if min(config.features) < 1:
+        raise ValueError(f"backbone.features: expected at least 1 channel a level, got {list(config.features)}")
     if config.norm not in norms:
         raise ValueError(f"backbone.norm: {config.norm!r} is not one of {sorted(norms)}")
     blocks = "n_conv_per_stage" if config.architecture == "plain_unet" else "n_blocks_per_stage"
@@ -84,9 +86,9 @@ def build_network(config: BackboneConfig, classes: int) -> nn.Module:
         "conv_op": nn.Conv3d if config.dimensions == 3 else nn.Conv2d,
         "kernel_sizes": 3,
         "strides": [1] + [2] * (config.levels - 1),
-        blocks: _per_level(config.encoder_blocks, config.levels, "backbone.encoder_blocks"),
+        blocks: per_level(config.encoder_blocks, config.levels, "backbone.encoder_blocks"),
         "num_classes": classes,
-        "n_conv_per_stage_decoder": _per_level(config.decoder_blocks, config.levels - 1, "backbone.decoder_blocks"),
+        "n_conv_per_stage_decoder": per_level(config.decoder_blocks, config.levels - 1, "backbone.decoder_blocks"),
         "conv_bias": True,
         "norm_op": norms[config.norm],
         "norm_op_kwargs": {"eps": 1e-5, "affine": True},
@@ -100,7 +102,8 @@ def build_network(config: BackboneConfig, classes: int) -> nn.Module:
     return network
 
 
-def _per_level(numbers: list[int], levels: int, name: str) -> list[int]:
+def per_level(numbers: list[int], levels: int, name: str) -> list[int]:
+    """One number for each level, from one for all or one for each."""
     if len(numbers) == 1:
         return list(numbers) * levels
     if len(numbers) != levels:

@@ -21,7 +21,7 @@ Departures from the official code, with reasons:
 - Channel c of a head belongs to unit c // unit_channels; the official code interleaves, which is a renaming.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -126,6 +126,13 @@ class Cover(Method):
                 f"views.crop: expected {backbone.dimensions} multiples of {backbone.stride} "
                 f"({backbone.levels} levels), got {list(views.crop)}"
             )
+        if backbone.input_channels != 1:
+            raise ValueError(f"backbone.input_channels: a store has one channel, got {backbone.input_channels}")
+        if config.unit_channels < 1 or min(config.units) < 1:
+            raise ValueError(
+                f"method.units, method.unit_channels: expected at least 1 each, got {list(config.units)} "
+                f"and {config.unit_channels}"
+            )
         if config.radius < 1:
             raise ValueError(f"method.radius: expected at least 1 voxel, got {config.radius}")
         self.config = config
@@ -156,12 +163,15 @@ class Cover(Method):
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return {"valid_voxels": batch["mask"].sum(dtype=torch.float64)}
 
-    def preflight(self, batches: Iterable[Batch]) -> dict[str, float]:
-        unreachable = valid = 0.0
+    def preflight(
+        self, batches: Iterable[Batch], total: Callable[[Tensor], Tensor] = lambda sums: sums
+    ) -> dict[str, float]:
+        sums = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
-            count = float(self.counts(batch)["valid_voxels"])
-            unreachable += float(self._unreachable(batch["displacement"], batch["mask"])) * count
-            valid += count
+            mask = batch["mask"]
+            far = self._far(batch["displacement"])
+            sums += torch.stack([(far * mask).sum(dtype=torch.float64), mask.sum(dtype=torch.float64)]).cpu()
+        unreachable, valid = total(sums).tolist()
         if valid == 0:
             raise ValueError(
                 "views.affine: no voxel of the views looked at stays inside its crop; "
@@ -194,9 +204,9 @@ class Cover(Method):
         predicted = vector_pyramid(fixed_maps, moving_maps, list(self.heads), self.config.units, self.config.radius)
         return predicted, fixed_maps[-1], moving_maps[-1]
 
-    def _unreachable(self, displacement: Tensor, mask: Tensor) -> Tensor:
-        far = (displacement.abs().amax(dim=1, keepdim=True) > self.reach).to(mask.dtype)
-        return (far * mask).sum() / mask.sum().clamp(min=1)
+    def _far(self, displacement: Tensor) -> Tensor:
+        """1 where a component is beyond the pyramid's reach: (B, 1, *S)."""
+        return (displacement.abs().amax(dim=1, keepdim=True) > self.reach).float()
 
     @torch.no_grad()
     def _monitor(self, predicted: Tensor, displacement: Tensor, mask: Tensor, share: Tensor | float) -> None:
@@ -206,6 +216,6 @@ class Cover(Method):
         self.monitors = {
             "displacement_error": mean((predicted.float() - displacement).norm(dim=1, keepdim=True)),
             "zero_error": mean(displacement.norm(dim=1, keepdim=True)),
-            "unreachable_fraction": share * self._unreachable(displacement, mask),
+            "unreachable_fraction": mean(self._far(displacement)),
             "valid_fraction": mask.mean(),
         }

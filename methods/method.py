@@ -1,6 +1,6 @@
 """What every pretraining method offers to whoever runs it: a plain loop of ten lines, or the engine."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,8 +38,14 @@ class Method(nn.Module):
     def after_step(self, step: int) -> None:
         """Runs after each optimizer step: moving averages, banks."""
 
-    def preflight(self, batches: Iterable[Batch]) -> dict[str, float]:
+    def preflight(
+        self, batches: Iterable[Batch], total: Callable[[Tensor], Tensor] = lambda sums: sums
+    ) -> dict[str, float]:
         """Looks at some batches before training and refuses (ValueError) a set-up that cannot work.
+
+        Args:
+            batches: some that training could meet.
+            total: adds sums up over all ranks, so that every rank judges alike.
 
         Returns: numbers worth logging.
         """

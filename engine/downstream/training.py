@@ -86,7 +86,7 @@ def train(
             if not math.isfinite(losses[-1]):
                 raise UserError(
                     f"the loss is {losses[-1]} at step {step}; lower the learning rate "
-                    f"({budget.learning_rate}), or check the store with `voxtrast prepare --check`"
+                    f"({budget.learning_rate}), or look at the store's volumes"
                 )
             report(step, losses[-1])
     return losses

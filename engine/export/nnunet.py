@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...methods.backbone import BackboneConfig
+from ...methods.backbone import BackboneConfig, per_level
 from ..errors import UserError
 from ..weights import write_whole
 
@@ -45,8 +45,8 @@ def architecture_section(config: BackboneConfig) -> dict[str, Any]:
             "conv_op": f"torch.nn.modules.conv.Conv{dimensions}d",
             "kernel_sizes": [[3] * dimensions for _ in range(config.levels)],
             "strides": [[1 if level == 0 else 2] * dimensions for level in range(config.levels)],
-            blocks: _per_level(config.encoder_blocks, config.levels),
-            "n_conv_per_stage_decoder": _per_level(config.decoder_blocks, config.levels - 1),
+            blocks: per_level(config.encoder_blocks, config.levels, "encoder_blocks"),
+            "n_conv_per_stage_decoder": per_level(config.decoder_blocks, config.levels - 1, "decoder_blocks"),
             "conv_bias": True,
             "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dimensions}d",
             "norm_op_kwargs": {"eps": 1e-05, "affine": True},
@@ -148,7 +148,3 @@ def _patch(config: BackboneConfig, description: dict[str, Any], wanted: list[int
             f"patch size {patch}: expected {config.dimensions} multiples of {config.stride}, the network's total stride"
         )
     return patch, source
-
-
-def _per_level(numbers: list[int], levels: int) -> list[int]:
-    return list(numbers) * levels if len(numbers) == 1 else list(numbers)

@@ -1,8 +1,9 @@
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from voxtrast.engine.config import differences, load_config, read_config, write_config
+from voxtrast.engine.config import CHOICES, differences, load_config, read_config, write_config
 from voxtrast.engine.errors import UserError
 from voxtrast.methods import recipe_names
 
@@ -18,11 +19,11 @@ def test_every_recipe_is_valid(recipe: str) -> None:
 
 def test_words_override_the_recipe_and_keep_their_types() -> None:
     config = load_config(
-        "cover-tiny", [*WORDS, "views.crop=[32,32,24]", "views.affine.rotation_degrees=7", "train.steps=9"]
+        "cover-tiny", [*WORDS, "views.crop=[32,32,24]", "views.affine.rotation_degrees=7", "train.steps=90"]
     )
     assert config.views.crop == [32, 32, 24]
     assert config.views.affine.rotation_degrees == 7.0
-    assert config.train.steps == 9
+    assert config.train.steps == 90
 
 
 @pytest.mark.parametrize(
@@ -53,11 +54,32 @@ def test_an_unknown_key_names_the_nearest_right_one(word: str, named: str) -> No
         ("method.name=covr", "did you mean 'cover'"),
         ("train.steps", "key=value"),
         ("--steps=3", "key=value"),
+        ("views.crop=[16,16", "not readable"),
+        ("data=${nowhere}", "nowhere"),
+        ("views=null", "views"),
+        ("optimizer.betas=[0.9]", "two numbers"),
+        ("optimizer.learning_rate=nan", "finite"),
+        ("optimizer.learning_rate=1e999", "finite"),
+        ("schedule.final_fraction=3", "final_fraction"),
+        ("schedule.warmup_steps=5000", "warmup_steps"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_remedy(word: str, message: str) -> None:
     with pytest.raises(UserError, match=message.replace("'", ".")):
         load_config("cover-tiny", [word])
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in CHOICES.items() for value in values])
+def test_every_choice_can_be_written(key: str, value: str) -> None:
+    config = OmegaConf.structured(load_config("cover-tiny", [f"{key}={value}"]))
+    assert OmegaConf.select(config, key) == value
+
+
+@pytest.mark.parametrize("content", ["", "method: {name: cov", "method: {name: cover}\ntrain: {stpes: 3}\n"])
+def test_a_damaged_configuration_of_a_run_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"config\.yaml: damaged"):
+        read_config(tmp_path / "config.yaml")
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:
@@ -82,6 +104,6 @@ def test_a_written_configuration_reads_back_equal(tmp_path: Path) -> None:
 
 def test_differences_list_what_a_resumed_run_must_not_change() -> None:
     old = load_config("cover-tiny", WORDS)
-    assert differences(old, load_config("cover-tiny", [*WORDS, "train.steps=7", "checkpoint.every=3"])) == []
+    assert differences(old, load_config("cover-tiny", [*WORDS, "train.steps=70", "checkpoint.every=3"])) == []
     changed = differences(old, load_config("cover-tiny", [*WORDS, "seed=3", "method.radius=3"]))
     assert changed == ["method.radius: 2 -> 3", "seed: 0 -> 3"]
