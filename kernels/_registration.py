@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _native
 
@@ -25,7 +26,9 @@ def register_operator(
     backward: Callable[..., tuple[Tensor | None, ...]],
     float32_arguments: Sequence[int],
 ) -> None:
-    """Registers a differentiable operator.
+    """Registers an operator that is differentiable in reverse mode, the only one that torch.library registers.
+
+    The public function that calls it asks `needs_functional_reference` first.
 
     Args:
         schema: "name(Tensor a, ...) -> ..."
@@ -64,6 +67,16 @@ def register_backward(schema: str, *, fake: Callable[..., Any]) -> None:
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"voxtrast::{name}", fake, lib=LIBRARY)
+
+
+def needs_functional_reference() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is under way.
+
+    What `torch.library` registers knows neither: tangents would be lost without a word, and `torch.func.grad` would
+    fail. The public functions then compute by their reference, which every transform can take apart.
+    """
+    # Not peek_interpreter_stack: while torch.compile traces, that is never None, and no graph would hold the operator.
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def needs_reference(operator: str, device: torch.device) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_components, check_same_shape
-from ._registration import gradients_by_reference, needs_reference, register_operator
+from ._registration import gradients_by_reference, needs_functional_reference, needs_reference, register_operator
 from .warp import warp_reference
 
 
@@ -26,13 +26,15 @@ def compose_displacement(outer: Tensor, inner: Tensor) -> Tensor:
     Returns: the composed field, float32 (float64 where one argument has that): displacements are never kept in low
         precision. Outside the volume outer counts as zero.
 
+    Where `warp` computes by its torch reference, so does this.
+
     Raises:
         TypeError: an argument is not a floating tensor.
         ValueError: shapes or devices do not fit, or a field is empty.
     """
     check_components("outer", outer)
     check_same_shape("inner", inner, "outer", outer)
-    if torch.float64 in (outer.dtype, inner.dtype):
+    if needs_functional_reference() or torch.float64 in (outer.dtype, inner.dtype):
         return compose_displacement_reference(outer, inner)
     return torch.ops.voxtrast.compose_displacement(outer.to(torch.float32), inner.to(torch.float32))
 

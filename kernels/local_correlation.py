@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ._checks import check_map, check_same_shape
+from ._registration import needs_functional_reference
 
 
 def local_correlation(query: Tensor, key: Tensor, *, radius: int, units: int = 1, scale: float | None = None) -> Tensor:
@@ -69,18 +70,27 @@ def local_correlation_reference(
             border = border.unfold(axis, size, 1)
         border = border.reshape(-1, *sizes)
 
-        share = _WindowProducts.apply(vectors, padded, border).softmax(1)  # (B * J, n, *S)
+        products = _window_products if needs_functional_reference() else _WindowProducts.apply
+        share = products(vectors, padded, border).softmax(1)  # (B * J, n, *S)
         steps = torch.arange(-radius, radius + 1, dtype=working_type, device=query.device)
         offsets = torch.stack(torch.meshgrid(*[steps] * dimensions, indexing="ij")).flatten(1)  # (D, n)
         displacement = offsets @ share.flatten(2)
         return displacement.reshape(batch, units, dimensions, *sizes).mean(1)
 
 
-class _WindowProducts(torch.autograd.Function):
-    """<query(p), key(p + delta)> + border(delta, p) for every offset delta: (B, n, *S).
+def _window_products(query: Tensor, padded_key: Tensor, border: Tensor) -> Tensor:
+    """<query(p), key(p + delta)> + border(delta, p) for every offset delta: (B, n, *S)."""
+    windows = _windows(padded_key, query.shape[2:])
+    return torch.stack(
+        [(query * padded_key[window]).sum(1) + edge for window, edge in zip(windows, border, strict=True)], 1
+    )
 
-    Its gradient is written out, from differentiable operations, because autograd's own makes a zero map of the size
-    of the padded key for each of the n slices: 2.5 times the time of the whole operator.
+
+class _WindowProducts(torch.autograd.Function):
+    """The same, with a gradient that is written out from differentiable operations.
+
+    Autograd's own makes a zero map of the size of the padded key for each of the n slices: 2.5 times the time of the
+    whole operator.
     """
 
     @staticmethod
@@ -94,7 +104,8 @@ class _WindowProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None]:
         query, padded_key = ctx.saved_tensors
-        grad_query, grad_key = torch.zeros_like(query), torch.zeros_like(padded_key)
+        # Made from the gradient: a batch of gradients (is_grads_batched) then gets a batch of results.
+        grad_query, grad_key = (gradients[0].new_zeros(tensor.shape) for tensor in (query, padded_key))
         for index, window in enumerate(_windows(padded_key, query.shape[2:])):
             gradient = gradients[0][:, index, None]
             grad_query.addcmul_(gradient, padded_key[window])

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from ._checks import check_map, check_mask, check_same_shape
-from ._registration import gradients_by_reference, needs_reference, register_backward, register_operator
+from ._registration import (
+    gradients_by_reference,
+    needs_functional_reference,
+    needs_reference,
+    register_backward,
+    register_operator,
+)
 
 
 def vector_regression_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -26,6 +32,8 @@ def vector_regression_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> 
     Returns: the loss, a scalar in the unit of prediction, float32 (float64 where one field has that). 0 with zero
         gradients where the mask is empty. The sum is the same for any number of threads.
 
+    Where `warp` computes by its torch reference, so does this.
+
     Raises:
         TypeError: an argument is not a floating tensor.
         ValueError: shapes or devices do not fit, or a field is empty.
@@ -33,7 +41,7 @@ def vector_regression_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> 
     check_map("prediction", prediction)
     check_same_shape("target", target, "prediction", prediction)
     check_mask("mask", mask, "prediction", prediction)
-    if torch.float64 in (prediction.dtype, target.dtype):
+    if needs_functional_reference() or torch.float64 in (prediction.dtype, target.dtype):
         return vector_regression_loss_reference(prediction, target, mask)
     tensors = (tensor.to(torch.float32) for tensor in (prediction, target, mask.detach()))
     loss, _ = torch.ops.voxtrast.vector_regression_loss(*tensors)
@@ -64,6 +72,7 @@ def _fake_backward(grad_loss: Tensor, prediction: Tensor, target: Tensor, mask: 
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])  # depends on the mask alone, which gets no gradient
     ctx.save_for_backward(*inputs, output[1])
 
 

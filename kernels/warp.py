@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from ._checks import check_displacement, check_map
-from ._registration import gradients_by_reference, needs_reference, register_backward, register_operator
+from ._registration import (
+    gradients_by_reference,
+    needs_functional_reference,
+    needs_reference,
+    register_backward,
+    register_operator,
+)
 
 # Displacements beyond this many voxels count as outside, and so do NaN and infinities.
 MAXIMUM_DISPLACEMENT = 2.0**30
@@ -31,8 +37,9 @@ def warp(image: Tensor, displacement: Tensor) -> Tensor:
 
     Returns: the warped image, of image's shape and type; interpolation accumulates in float32.
 
-    The gradient of the displacement at a whole voxel is the forward difference. Where gradients of gradients are
-    asked for, and in float64, the torch reference computes.
+    A voxel whose weight is zero has no part in the value, whatever it holds. The gradient of the displacement at a
+    whole voxel is the forward difference. Where gradients of gradients are asked for, in float64, in forward mode and
+    under the transforms of `torch.func`, the torch reference computes.
 
     Raises:
         TypeError: an argument is not a floating tensor.
@@ -40,7 +47,7 @@ def warp(image: Tensor, displacement: Tensor) -> Tensor:
     """
     check_map("image", image)
     check_displacement("displacement", displacement, "image", image)
-    if torch.float64 in (image.dtype, displacement.dtype):
+    if needs_functional_reference() or torch.float64 in (image.dtype, displacement.dtype):
         return warp_reference(image, displacement)
     return torch.ops.voxtrast.warp(image, displacement.to(torch.float32))
 
@@ -68,8 +75,11 @@ def warp_reference(image: Tensor, displacement: Tensor) -> Tensor:
             share = fraction[:, axis] if side else 1 - fraction[:, axis]
             weight = weight * torch.where(inside, share, 0)
             index = index * size + torch.where(inside, position, 0)
-        index = index.reshape(batch, 1, -1).expand(-1, channels, -1)
-        warped = warped + weight.reshape(batch, 1, -1) * values.gather(2, index)
+        weight = weight.reshape(batch, 1, -1)
+        value = values.gather(2, index.reshape(batch, 1, -1).expand(-1, channels, -1))
+        # A corner without weight may hold NaN or an infinity. The product stays: the forward difference needs it.
+        value = torch.where(weight == 0, value.nan_to_num(0, 0, 0), value)
+        warped = warped + weight * value
     return warped.reshape(image.shape).to(image.dtype)
 
 

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from ._checks import check_displacement, check_map, check_mask, check_same_shape
-from ._registration import gradients_by_reference, needs_reference, register_backward, register_operator
+from ._registration import (
+    gradients_by_reference,
+    needs_functional_reference,
+    needs_reference,
+    register_backward,
+    register_operator,
+)
 from .warp import warp_reference
 
 # Shorter vectors have no direction. The same number stands in csrc/cpu/warped_cosine_loss.cpp.
@@ -34,6 +40,9 @@ def warped_cosine_loss(fixed: Tensor, moving: Tensor, displacement: Tensor, mask
 
     Returns: the loss, a scalar between 0 and 2, float32 (float64 where a map or the field has that). 0 with zero
         gradients where the mask is empty. The sum is the same for any number of threads.
+        NaN where a vector that counts holds NaN and its partner has a direction.
+
+    Where `warp` computes by its torch reference, so does this.
 
     Raises:
         TypeError: an argument is not a floating tensor.
@@ -43,7 +52,7 @@ def warped_cosine_loss(fixed: Tensor, moving: Tensor, displacement: Tensor, mask
     check_same_shape("moving", moving, "fixed", fixed)
     check_displacement("displacement", displacement, "fixed", fixed)
     check_mask("mask", mask, "fixed", fixed)
-    if torch.float64 in (fixed.dtype, moving.dtype, displacement.dtype):
+    if needs_functional_reference() or torch.float64 in (fixed.dtype, moving.dtype, displacement.dtype):
         return warped_cosine_loss_reference(fixed, moving, displacement, mask)
     common = torch.promote_types(fixed.dtype, moving.dtype)
     loss, _ = torch.ops.voxtrast.warped_cosine_loss(
@@ -67,7 +76,8 @@ def _loss_and_mask_sum(fixed: Tensor, moving: Tensor, displacement: Tensor, mask
     there = warp_reference(moving.to(working_type), field)
 
     fixed_norm, there_norm = ((vectors * vectors).sum(1, keepdim=True) for vectors in (here, there))  # squared
-    directed = (fixed_norm >= MINIMUM_NORM**2) & (there_norm >= MINIMUM_NORM**2)
+    # Asked this way round, NaN counts as a direction and shows in the loss.
+    directed = ~((fixed_norm < MINIMUM_NORM**2) | (there_norm < MINIMUM_NORM**2))
     fixed_norm, there_norm = (torch.where(directed, squared, 1).sqrt() for squared in (fixed_norm, there_norm))
     cosine = torch.where(directed, (here * there).sum(1, keepdim=True) / (fixed_norm * there_norm), 0)
 
@@ -94,6 +104,7 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])  # depends on the mask alone, which gets no gradient
     ctx.save_for_backward(*inputs, output[1])
 
 

@@ -67,6 +67,11 @@ def test_mask_gets_no_gradient() -> None:
     assert mask.grad is None
 
 
+def test_the_sum_of_the_mask_asks_for_no_gradient() -> None:
+    loss, mask_sum = torch.ops.voxtrast.vector_regression_loss(*make((4, 5)))
+    assert (loss.requires_grad, mask_sum.requires_grad) == (True, False)
+
+
 def test_any_number_of_threads_gives_the_same_bits() -> None:
     inputs = make((40, 41, 42))
     results = []

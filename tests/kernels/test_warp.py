@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -38,9 +39,48 @@ def test_zero_displacement_is_the_identity_bit_for_bit(sizes: tuple[int, ...], d
     assert torch.equal(warped.view(bits), image.view(bits))
 
 
-def test_zero_displacement_is_the_identity_in_float64() -> None:
-    image = torch.randn(2, 3, 5, 6, 7, dtype=torch.float64)
-    assert torch.equal(warp(image, torch.zeros(2, 3, 5, 6, 7)), image)
+def spoil(image: Tensor) -> Tensor:
+    """The same with infinities and NaN, one of them in the first voxel, which stands in for all that lie outside."""
+    spoiled = image.detach().clone()
+    for step, bad in [(7, math.nan), (11, math.inf), (13, -math.inf)]:
+        spoiled.view(-1)[step - 7 :: step] = bad
+    return spoiled
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *LOW], ids=str)
+@pytest.mark.parametrize("function", [warp, warp_reference])
+def test_zero_displacement_is_the_identity_whatever_the_voxels_hold(
+    function: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
+    image = spoil(torch.randn(2, 3, 5, 6, 7).to(dtype))
+    warped = function(image, torch.zeros(2, 3, 5, 6, 7))
+    torch.testing.assert_close(warped, image, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("function", [warp, warp_reference])
+def test_a_bad_voxel_reaches_only_the_points_that_weigh_it(function: Callable[..., Tensor]) -> None:
+    image, displacement = torch.randn(1, 1, 4, 5), torch.zeros(1, 2, 4, 5)
+    displacement[:, 0, 2] = 0.5  # row 2 reads rows 2 and 3
+    displacement[:, :, 1] = 50.0  # row 1 reads outside
+    for bad in (math.nan, math.inf):
+        image[0, 0, 0, 0] = image[0, 0, 3, 4] = bad
+        spoiled = ~function(image, displacement).isfinite()
+        assert spoiled.nonzero().tolist() == [[0, 0, 0, 0], [0, 0, 2, 4], [0, 0, 3, 4]]
+        outside = torch.full_like(displacement, 50.0).requires_grad_()
+        output, grad_image, grad_displacement = gradients(
+            function, (image.clone().requires_grad_(), outside), torch.ones_like(image)
+        )
+        for zero in (output, grad_image, grad_displacement):
+            assert torch.equal(zero, torch.zeros_like(zero))
+
+
+@pytest.mark.parametrize("function", [warp, warp_reference])
+def test_the_gradient_at_a_whole_voxel_is_the_forward_difference(function: Callable[..., Tensor]) -> None:
+    image, displacement = torch.randn(1, 1, 4, 5), torch.zeros(1, 2, 4, 5, requires_grad=True)
+    _, gradient = gradients(function, (image, displacement), torch.ones_like(image))
+    for axis in range(2):
+        difference = image.diff(dim=axis + 2, append=torch.zeros_like(image).narrow(axis + 2, 0, 1))
+        torch.testing.assert_close(gradient[:, axis : axis + 1], difference, rtol=0, atol=0)
 
 
 def test_component_0_moves_along_the_first_axis_by_voxels() -> None:

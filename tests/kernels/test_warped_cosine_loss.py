@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -124,6 +125,53 @@ def test_voxels_without_weight_are_not_looked_at(dtype: torch.dtype) -> None:
         if not spoil:
             clean = found
     assert all(torch.equal(first, second) for first, second in zip(clean, found, strict=True))
+
+
+BOTH = pytest.mark.parametrize("function", [warped_cosine_loss, warped_cosine_loss_reference])
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("which", ["fixed", "moving"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_bad_features_with_weight_show_in_the_loss(
+    function: Callable[..., Tensor], dtype: torch.dtype, bad: float, which: str, everywhere: bool
+) -> None:
+    maps = {name: torch.randn(2, 3, 4, 5, 6).to(dtype) for name in ("fixed", "moving")}
+    place = (slice(None),) if everywhere else (1, 2, 3, 2, 1)
+    maps[which][place] = bad
+    displacement, mask = 0.3 * torch.ones(2, 3, 4, 5, 6), torch.ones(2, 1, 4, 5, 6)
+    assert function(**maps, displacement=displacement, mask=mask).isnan()
+    if not everywhere:  # without the points that see the bad voxel there is nothing to show
+        mask[1, 0, 2:, 1:, :2] = 0
+        leaves = [tensor.requires_grad_() for tensor in (*maps.values(), displacement)]
+        assert all(found.isfinite().all() for found in gradients(function, (*leaves, mask), ONE))
+
+
+@BOTH
+def test_bad_features_without_a_partner_do_not_count(function: Callable[..., Tensor]) -> None:
+    fixed, moving, displacement, mask = (tensor.detach() for tensor in make((4, 5, 6)))
+    assert function(fixed * math.nan, 0 * moving, displacement, mask).item() == 1
+    assert function(0 * fixed, moving * math.nan, displacement, mask).item() == 1
+
+
+@BOTH
+def test_bad_features_that_nothing_reads_leave_no_trace(function: Callable[..., Tensor]) -> None:
+    fixed, moving, displacement, mask = make((4, 5, 6))
+    with torch.no_grad():
+        displacement[:, 0] = displacement[:, 0].abs() + 1  # nothing reads the first slice
+        mask *= inside(displacement)
+    clean = gradients(function, (fixed, moving, displacement, mask), ONE)
+    spoiled = moving.detach().clone()
+    spoiled[:, :, 0] = math.nan
+    found = gradients(function, (fixed, spoiled.requires_grad_(), displacement, mask), ONE)
+    assert all(torch.equal(first, second) for first, second in zip(clean, found, strict=True))
+
+
+def test_the_sum_of_the_mask_asks_for_no_gradient() -> None:
+    loss, mask_sum = torch.ops.voxtrast.warped_cosine_loss(*make((4, 5)))
+    assert (loss.requires_grad, mask_sum.requires_grad) == (True, False)
 
 
 @pytest.mark.parametrize("asking", [0, 1, 2])
