@@ -269,11 +269,6 @@ def _check(merged: Any) -> None:
         raise UserError(f"optimizer.betas: expected two numbers from 0 up to less than 1, got {betas}")
     if merged.deepspeed.zero_stage not in (0, 1):
         raise UserError(f"deepspeed.zero_stage: this version runs stages 0 and 1, got {merged.deepspeed.zero_stage}")
-    if merged.schedule.warmup_steps >= merged.train.steps and merged.schedule.warmup_steps > 0:
-        raise UserError(
-            f"schedule.warmup_steps: {merged.schedule.warmup_steps} would not end within train.steps="
-            f"{merged.train.steps}; lower it, for example to {merged.train.steps // 20}"
-        )
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

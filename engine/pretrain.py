@@ -73,6 +73,12 @@ def pretrain(config: Config) -> None:
             f"{ranks.device.type}, {sum(p.numel() for p in method.parameters()) / 1e6:.2f} M parameters",
             file=sys.stderr,
         )
+        if config.schedule.warmup_steps >= config.train.steps:
+            print(
+                f"note: the learning rate is still warming up when the run ends: schedule.warmup_steps="
+                f"{config.schedule.warmup_steps}, train.steps={config.train.steps}",
+                file=sys.stderr,
+            )
     engine = wrap(method, config, ranks)
     Trainer(engine, method, config, ranks, store, cases, aside, describe(config, cases)).train()
 

@@ -48,8 +48,8 @@ class _OfLabel:
             error.of_label = True  # type: ignore[attr-defined]
 
 
-def _series(job: dict[str, Any]) -> list[dict[str, object]]:
-    return dicom.list_series(Path(job["folder"]))
+def _series(job: dict[str, Any]) -> dict[str, Any]:
+    return dicom.list_series(Path(job["folder"]), job["names"])
 
 
 def _digest(job: dict[str, Any]) -> dict[str, str | None]:

@@ -2,14 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 
+from .headers import check_regular
 from .rejection import RejectedError
 
 # Objects that travel with images and hold none of their own: no volume, no complaint.
 NOT_IMAGES = {"SR", "PR", "KO", "RTSTRUCT", "RTPLAN", "RTRECORD", "REG", "SEG", "AU", "DOC", "PLAN"}
+# The same by SOP class: reports, presentation states, raw data and segmentations, documents, radiotherapy, directories.
+KINDS_WITHOUT_IMAGE = tuple(
+    f"1.2.840.10008.{kind}".encode()
+    for kind in ("1.3.10", *(f"5.1.4.1.1.{part}." for part in (88, 11, 66, 104, 481, 9)))
+)
 MODALITY, POSITION, ORIENTATION, FRAMES = "0008|0060", "0020|0032", "0020|0037", "0028|0008"
 UNEVEN = 0.05  # of the usual distance; scanners write positions to about a hundredth of a millimetre
 LARGEST_TILT_DEGREES = 1.0
@@ -25,14 +32,39 @@ class Slice:
     frames: int
 
 
-def list_series(folder: Path) -> list[dict[str, object]]:
-    """The image series of a folder (not of those below it): uid and files, in slice order, sorted by uid."""
-    result: list[dict[str, object]] = []
-    for uid in sorted(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))):
+def list_series(folder: Path, names: list[str]) -> dict[str, Any]:
+    """The image series of a folder (not of those below it), and the files among `names` that belong to none.
+
+    Returns "series": uid and files (in slice order) of each, sorted by uid; "lost": (name, reason) of each file that
+    looks like DICOM and cannot be listed. Any of those may be a slice of a series, so none of the series is whole.
+    """
+    series: list[dict[str, object]] = []
+    listed: set[str] = set()
+    for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)):
         files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)
+        listed.update(Path(file).name for file in files)
         if files and _modality(files[0]) not in NOT_IMAGES:
-            result.append({"uid": uid, "files": list(files)})
-    return result
+            series.append({"uid": uid, "files": list(files)})
+    lost = [(name, reason) for name in names if name not in listed and (reason := _why_lost(folder / name))]
+    return {"series": sorted(series, key=lambda each: str(each["uid"])), "lost": lost}
+
+
+def _why_lost(file: Path) -> str:
+    """Why GDCM does not list a file; nothing where it is an object that holds no image."""
+    try:
+        check_regular(file)
+        with open(file, "rb") as stream:
+            start = stream.read(1024)
+    except RejectedError as error:
+        return error.reason
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if start[128:132] != b"DICM":
+        return "not a DICOM file in spite of its name"
+    _, mark, rest = start.partition(b"\x02\x00\x02\x00UI")  # (0002,0002), the kind of object; always in this encoding
+    if mark and rest[2:].startswith(KINDS_WITHOUT_IMAGE):
+        return ""
+    return "the DICOM file is truncated or damaged"
 
 
 def _modality(file: str) -> str:

@@ -12,6 +12,9 @@ from .rejection import Rejection
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 LABEL_ENDING = "_label"
+IMAGE_FOLDERS, LABEL_FOLDERS = ("images", "imagestr"), ("labels", "labelstr")  # in any case; the latter are nnU-Net's
+FIRST_CHANNEL = "_0000"  # nnU-Net: images/ID_0000.nii.gz, labels/ID.nii.gz
+WHOLE_RAW = "volume"  # the id where RAW itself is a DICOM folder: RAW may be renamed
 LONGEST_ID = 160  # file names end at 255 bytes and temporary names are longer
 
 
@@ -39,33 +42,57 @@ class Source:
 
 @dataclass
 class Tree:
-    """What the walk found; names are relative to RAW, with forward slashes."""
+    """What the walk found; names are relative to RAW, with forward slashes.
+
+    `images_folder` is RAW/images by its own name, or None: then images lie anywhere. The same with `labels_folder`,
+    which counts only beside an `images_folder`.
+    """
 
     images: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
-    dicom_folders: list[str] = field(default_factory=list)
+    dicom_files: dict[str, list[str]] = field(default_factory=dict)  # by folder; what looks like DICOM, readable or not
     other: int = 0  # files of other kinds: tables, notes, detached data of .mhd and .nhdr headers
     rejected: list[Rejection] = field(default_factory=list)
-    folders: bool = False  # RAW has images/, and perhaps labels/
+    images_folder: str | None = None
+    labels_folder: str | None = None
 
 
 def scan(raw: Path, store: Path) -> Tree:
     """Walk RAW, following links but not loops, and leaving the store out where it lies inside.
 
-    Where RAW/images exists, volumes are looked for there and labels in RAW/labels; everywhere a file NAME_label.nii.gz
-    is the label of NAME.nii.gz beside it. Hidden files are passed over.
+    Where RAW/images (or imagesTr) exists, volumes are looked for there and labels in RAW/labels (or labelsTr), and a
+    volume anywhere else is rejected; everywhere a file NAME_label.nii.gz is the label of NAME.nii.gz beside it.
+    Hidden files are passed over.
     """
-    tree = Tree(folders=(raw / "images").is_dir())
-    skip = _identity(store)
-    tops = ("images", "labels") if tree.folders else ("",)
-    for top in tops:
-        if (raw / top).is_dir():
-            _walk(raw, top, [], skip, tree)
-    if tree.folders:  # what lies outside the two folders counts as other
-        tree.other += sum(1 for entry in raw.iterdir() if entry.name not in tops and entry.is_file())
-    for names in (tree.images, tree.labels, tree.dicom_folders):
+    images, labels = _top_folder(raw, IMAGE_FOLDERS), _top_folder(raw, LABEL_FOLDERS)
+    tree = Tree(images_folder=images, labels_folder=labels if images is not None else None)
+    _walk(raw, "", [], _identity(store), tree)
+    if images is not None:
+        _reject_outside(tree)
+    for names in (tree.images, tree.labels, *tree.dicom_files.values()):
         names.sort()
     return tree
+
+
+def _top_folder(raw: Path, names: tuple[str, ...]) -> str | None:
+    """The folder of RAW with one of these names, the earlier name first, in any case."""
+    try:
+        present = sorted(entry.name for entry in os.scandir(raw) if _is_folder(entry))
+    except OSError:  # the walk reports it
+        return None
+    return next((each for name in names for each in present if each.lower() == name), None)
+
+
+def _reject_outside(tree: Tree) -> None:
+    own = [f"{folder}/" for folder in (tree.images_folder, tree.labels_folder) if folder is not None]
+    reason, remedy = f"lies outside {own[0]}", f"move it into {own[0]}, or out of the folder that is prepared"
+    for names in (tree.images, tree.labels, tree.dicom_files):
+        for name in [each for each in names if not f"{each}/".startswith(tuple(own))]:
+            tree.rejected.append(Rejection(name, reason, remedy))
+            if isinstance(names, dict):
+                del names[name]
+            else:
+                names.remove(name)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -99,9 +126,8 @@ def _walk(raw: Path, folder: str, ancestors: list[tuple[int, int]], skip: tuple[
             _sort_image(name, tree)
         elif _is_folder(entry):
             _walk(raw, name, [*ancestors, identity], skip, tree)
-        elif _is_dicom(path / entry.name) and not name.startswith("labels/" if tree.folders else "\0"):
-            if (folder or ".") not in tree.dicom_folders[-1:]:
-                tree.dicom_folders.append(folder or ".")
+        elif not _below(name, tree.labels_folder) and _is_dicom(path / entry.name):
+            tree.dicom_files.setdefault(folder or ".", []).append(entry.name)
         else:
             tree.other += 1
 
@@ -114,8 +140,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _sort_image(name: str, tree: Tree) -> None:
-    is_label = stem(name).endswith(LABEL_ENDING) or (tree.folders and name.startswith("labels/"))
+    is_label = stem(name).endswith(LABEL_ENDING) or _below(name, tree.labels_folder)
     (tree.labels if is_label else tree.images).append(name)
+
+
+def _below(name: str, folder: str | None) -> bool:
+    return folder is not None and name.startswith(f"{folder}/")
 
 
 def _is_dicom(path: Path) -> bool:
@@ -143,26 +173,33 @@ def sources(raw: Path, tree: Tree, series: list[Series]) -> tuple[list[Source], 
     """Pair volumes with labels and give each its id; returns the sources sorted by name, and labels without a volume.
 
     An id is the path relative to RAW (or RAW/images) without its suffix, "/" as "__", other characters that trouble
-    shells as "_". Where two volumes come to the same id, the first by name keeps it and the others get a hash appended.
+    shells as "_"; "volume" where RAW itself is the DICOM folder. Where two volumes come to the same id, the first by
+    name keeps it and the others get a hash appended.
     """
     labels: dict[str, list[str]] = {}
     for name in tree.labels:
-        labels.setdefault(_label_key(name, tree.folders), []).append(name)
+        labels.setdefault(_label_key(name, tree), []).append(name)
     found: list[tuple[str, str, tuple[str, ...], bool]] = []  # name, key, files, dicom
     for name in tree.images:
-        found.append((name, _inside(stem(name), tree.folders), (str(raw / name),), False))
+        found.append((name, _inside(stem(name), tree), (str(raw / name),), False))
     for each in series:
-        key = raw.resolve().name if each.folder == "." else _inside(each.folder, tree.folders)
+        key = WHOLE_RAW if each.folder == "." else _inside(each.folder, tree)
         if each.alone:
             found.append((each.folder, key, each.files, True))
         else:
-            found.append((f"{each.folder}#{each.uid}", f"{key}-{_short_hash(each.uid)}", each.files, True))
+            digest = _short_hash(each.uid)  # a UID leads back to the patient
+            found.append((f"{each.folder}#{digest}", f"{key}-{digest}", each.files, True))
+    keys = {key for _, key, _, _ in found}
+    if tree.images_folder is not None:
+        for key in sorted(keys):
+            own = key.removesuffix(FIRST_CHANNEL)
+            if own != key and own not in keys and own in labels and key not in labels:
+                labels[key] = labels.pop(own)
     result, taken = [], set[str]()
     for name, key, files, dicom in sorted(found):
         label = labels[key][0] if key in labels else None
         file = str(raw / label) if label is not None else None
         result.append(Source(_unique_id(key, name, taken), name, files, dicom, label, file))
-    keys = {key for _, key, _, _ in found}
     rejected = []
     for key, names in labels.items():
         for position, name in enumerate(names):
@@ -175,16 +212,15 @@ def sources(raw: Path, tree: Tree, series: list[Series]) -> tuple[list[Source], 
     return result, rejected
 
 
-def _inside(name: str, folders: bool) -> str:
-    return name.removeprefix("images/") if folders else name
+def _inside(name: str, tree: Tree) -> str:
+    return name.removeprefix(f"{tree.images_folder}/")
 
 
-def _label_key(name: str, folders: bool) -> str:
+def _label_key(name: str, tree: Tree) -> str:
     key = stem(name)
-    if folders and key.startswith("labels/"):
-        key = key.removeprefix("labels/")
-        return key if not key.endswith(LABEL_ENDING) else key.removesuffix(LABEL_ENDING)
-    return _inside(key.removesuffix(LABEL_ENDING), folders)
+    if _below(key, tree.labels_folder):
+        key = key.removeprefix(f"{tree.labels_folder}/")
+    return _inside(key, tree).removesuffix(LABEL_ENDING)
 
 
 def _unique_id(key: str, name: str, taken: set[str]) -> str:

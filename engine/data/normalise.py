@@ -13,14 +13,29 @@ MR_PERCENTILES = (0.5, 99.5)
 SAME_SPACING = 1e-3  # relative; below this an axis is left alone
 MOST_VOXELS = 2**30
 FWHM_PER_SIGMA = 2.3548  # of a Gaussian: 2 sqrt(2 ln 2)
+SAME_WEIGHT = 1e-4  # two classes whose linear weights differ by less tie: headers round spacings to float32
+FEWEST_VALUES = 17  # of an image of whole numbers; with less it is taken for a label map
 
 
 def check_values(values: np.ndarray) -> None:
-    """Reject values that are not numbers, and volumes with one value only."""
+    """Reject values that are not numbers, volumes with one value only, and what looks like a label map."""
     if values.dtype.kind == "f":
         check_finite(values)
     if (low := values.min()) == values.max():
         raise RejectedError(f"constant: every voxel is {low:g}", "remove the file; there is nothing to learn from it")
+    if low >= 0 and (distinct := _few_whole_numbers(values)):
+        reason = f"looks like a label map: {distinct} different values, all of them whole numbers from 0 up"
+        remedy = "name it NAME_label beside its image NAME or put it into labels/, else remove it"
+        raise RejectedError(reason, remedy)
+
+
+def _few_whole_numbers(values: np.ndarray) -> int:
+    """How many different values there are, where they are few and whole numbers; else 0."""
+    flat = values.reshape(-1)
+    if np.unique(flat[:: max(1, flat.size // 4096)]).size >= FEWEST_VALUES:  # almost every image ends here
+        return 0
+    found = np.unique(flat)
+    return found.size if found.size < FEWEST_VALUES and np.array_equal(found, np.rint(found)) else 0
 
 
 def guess_modality(values: np.ndarray) -> str:
@@ -28,18 +43,22 @@ def guess_modality(values: np.ndarray) -> str:
 
     CT: at least 1 % of the voxels are air or lung (-1100 to -800 HU), at least 10 % soft tissue (-200 to 300 HU), and
     below -1100 HU there is nothing but at most one padding value (scanners write -2000, -2048 or -3024 outside their
-    circle). Magnitude MR has no such negative values; phase maps (-4096 to 4095) fail the last rule, difference images
-    (around 0) the first. A CT that was cropped until no air is left, or shifted away from HU, is taken for MR: that is
-    what the setting `modality` is for.
+    circle). Air is noisy: where the smallest value alone lies in its range, but for 0.1 % of the voxels, it is padding
+    and not air (MR padded with a flat -1000 or -1024). Magnitude MR has no such negative values; phase maps (-4096 to
+    4095) fail the last rule, difference images (around 0) the first. A CT that was cropped until no air is left, or
+    shifted away from HU, is taken for MR: that is what the setting `modality` is for.
     """
     total = values.size
-    air = np.count_nonzero((values >= -1100) & (values <= -800))
+    airy = values[(values >= -1100) & (values <= -800)]
+    air = airy.size
+    varied = np.count_nonzero(airy != airy.min()) if air else 0
     tissue = np.count_nonzero((values >= -200) & (values <= 300))
     below = values[values < -1100]
     padding = np.count_nonzero(below == below.min()) if below.size else 0
     rest = below.size - padding
     inside = total - padding
-    return "ct" if air >= 0.01 * inside and tissue >= 0.1 * inside and rest <= 0.01 * inside else "mr"
+    is_air = air >= 0.01 * inside and varied >= 0.001 * inside
+    return "ct" if is_air and tissue >= 0.1 * inside and rest <= 0.01 * inside else "mr"
 
 
 def normalise(values: np.ndarray, modality: str) -> np.ndarray:
@@ -143,14 +162,49 @@ def resample_image(values: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def resample_label(values: np.ndarray, grid: Grid) -> np.ndarray:
-    """(D, H, W) on the new grid, each voxel the value of the nearest old one."""
+    """(D, H, W) of the same type on the new grid, each voxel the class with the largest linear weight there.
+
+    That is the nearest old voxel without its bias: between two old voxels (every second new voxel at a ratio of 1.5,
+    all of them at 2) the nearest one is always on the same side, which shifts labels by up to half a voxel against
+    the image. Classes of equal weight take turns, as black and white on a chessboard, so that none of them grows.
+    Class 0 counts as any other. One class at a time, and only where it is: memory is that of two float32 volumes.
+    """
     if grid.same:
         return values
-    nearest = [
-        np.clip(np.floor(np.arange(count) * ratio + offset + 0.5).astype(np.int64), 0, length - 1)
-        for count, ratio, offset, length in zip(grid.shape, grid.ratio, grid.offset, values.shape, strict=True)
-    ]
-    return values[np.ix_(*nearest)]
+    odd = sum(np.ogrid[tuple(slice(0, count) for count in grid.shape)]) % 2 == 1
+    margin = np.where(odd, np.float32(-SAME_WEIGHT), np.float32(SAME_WEIGHT))
+    largest = np.zeros(grid.shape, np.float32)
+    result = np.zeros(grid.shape, values.dtype)
+    boxes: list[tuple[slice, ...] | None] = [tuple(slice(0, length) for length in values.shape)]
+    boxes += ndimage.find_objects(values)  # from class 1 on
+    for number, box in enumerate(boxes):
+        if box is not None:
+            where, weight = _linear_weight(values, number, box, grid)
+            ahead = weight > largest[where] + margin[where]
+            ahead &= weight > SAME_WEIGHT
+            result[where][ahead] = number
+            np.maximum(largest[where], weight, out=largest[where])
+    return result
+
+
+def _linear_weight(
+    values: np.ndarray, number: int, box: tuple[slice, ...], grid: Grid
+) -> tuple[tuple[slice, ...], np.ndarray]:
+    """The weight of a class that lies inside `box`, float32, and the part of the new grid that it reaches."""
+    source, where, offset = [], [], []
+    for side, length, count, ratio, first in zip(box, values.shape, grid.shape, grid.ratio, grid.offset, strict=True):
+        source.append(slice(max(side.start - 1, 0), min(side.stop + 1, length)))
+        start = max(int(np.ceil((side.start - 1 - first) / ratio)), 0)
+        where.append(slice(start, max(min(int(np.floor((side.stop - first) / ratio)) + 1, count), start)))
+        offset.append(first + start * ratio - source[-1].start)
+    shape = tuple(side.stop - side.start for side in where)
+    if 0 in shape:  # between two new voxels
+        return tuple(where), np.zeros(shape, np.float32)
+    mask = values[tuple(source)] == number
+    weight = ndimage.affine_transform(
+        mask, np.array(grid.ratio), offset, shape, np.float32, order=1, mode="nearest", prefilter=False
+    )
+    return tuple(where), weight
 
 
 def describe(stored: np.ndarray) -> dict[str, float]:

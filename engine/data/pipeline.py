@@ -3,11 +3,12 @@
 Python decides (`planner.py`) and reads: for each slot the box of voxels that its views look at, straight from the
 memory-mapped volume. DALI cuts, warps and changes intensities with its built-in operators, on the CPU or the GPU.
 None of DALI's random operators is used: noise is drawn by numpy where the plan is, so a batch is a function of
-(seed, split, step, slot), bit for bit.
+(seed, split, step, slot), bit for bit for one version of numpy and DALI on one kind of machine.
 """
 
+import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
@@ -101,14 +102,16 @@ class ViewPipeline:
         self._next_step = start_step  # that the readers have not been asked for
         self._ahead: deque[list[Future[tuple[Plan, Arrays]]]] = deque()
         # What DALI has been sent and has not given back: the plans go out with the batch, and the arrays must live
-        # until then, because DALI reads them where they are.
+        # until then: DALI 2.4 reads them where they are (`no_copy`), from threads of its own, until it is shut down.
         self._sent: deque[list[tuple[Plan, Arrays]]] = deque()
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="voxtrast-reader")
+        # For pipelines that are dropped without close(); not waiting, as any thread may be the one that drops it.
+        weakref.finalize(self, self._readers.shutdown, wait=False, cancel_futures=True)
         self._pipeline: Pipeline | None
         self._pipeline, self._outputs = build_pipeline(
             spec,
             self._inputs,
-            self._source,
+            _weak_source(self, self._sent),
             slots=len(self._slots),
             threads=threads,
             device_id=device_id,
@@ -151,26 +154,15 @@ class ViewPipeline:
         batch["origin"] = torch.tensor([plan.origin for plan in plans[rows]], dtype=torch.int64, device=device)
         return batch
 
-    def _source(self) -> tuple[list[NDArray[Any]], ...]:
-        """One step for DALI; called in the thread that iterates, whenever a step is scheduled."""
+    def _source(self) -> tuple[list[tuple[Plan, Arrays]], tuple[list[NDArray[Any]], ...]]:
+        """One step for DALI, as read and as DALI takes it; called in the thread that iterates, one by one."""
         while len(self._ahead) < 2:  # this step, and the one that the readers turn to meanwhile
             step = self._next_step
-            self._ahead.append([self._readers.submit(self._read, step, slot) for slot in self._slots])
+            job = (self._store, self.planner, self._dtype, self.split, step)  # not self: readers must not keep it alive
+            self._ahead.append([self._readers.submit(_read_slot, *job, slot) for slot in self._slots])
             self._next_step += 1
         ready = [future.result() for future in self._ahead.popleft()]
-        self._sent.append(ready)
-        return tuple([arrays[item.name] for _, arrays in ready] for item in self._inputs)
-
-    def _read(self, step: int, slot: int) -> tuple[Plan, Arrays]:
-        plan = self.planner.plan(step, slot, self.split)
-        case = self.planner.cases[plan.case_index]
-        region = region_box(self.spec, plan, case)
-        voxels = read_region(self._store, case, region, plan.origin[0], self._dtype)
-        arrays = {"region": voxels[..., None], **_geometry_arrays(self.spec, plan, case, region)}
-        for name, view in self.spec.views.items():
-            if view.appearance is not None:
-                arrays.update(_appearance_arrays(self.planner, plan, name, case))
-        return plan, arrays
+        return ready, tuple([arrays[item.name] for _, arrays in ready] for item in self._inputs)
 
     def close(self) -> None:
         """Ends the readers and releases what DALI holds; batches already handed out stay valid."""
@@ -180,7 +172,7 @@ class ViewPipeline:
         self._ahead.clear()
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._pipeline = None
-        self._sent.clear()
+        self._sent = deque()  # DALI's source holds the old one, until DALI itself is gone
 
     def __enter__(self) -> "ViewPipeline":
         return self
@@ -189,6 +181,39 @@ class ViewPipeline:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _weak_source(
+    owner: ViewPipeline, sent: deque[list[tuple[Plan, Arrays]]]
+) -> Callable[[], tuple[list[NDArray[Any]], ...]]:
+    """The owner's next step, for DALI to call, without keeping the owner alive as a bound method would.
+
+    What was sent is kept alive instead, for as long as DALI keeps this function: beyond its own shutdown.
+    """
+    reference = weakref.ref(owner)
+
+    def source() -> tuple[list[NDArray[Any]], ...]:
+        alive = reference()
+        assert alive is not None, "DALI asks for a step within the owner's own run only"
+        ready, arrays = alive._source()
+        sent.append(ready)
+        return arrays
+
+    return source
+
+
+def _read_slot(
+    store: Store, planner: Planner, dtype: np.dtype[Any], split: str, step: int, slot: int
+) -> tuple[Plan, Arrays]:
+    plan, spec = planner.plan(step, slot, split), planner.spec
+    case = planner.cases[plan.case_index]
+    region = region_box(spec, plan, case)
+    voxels = read_region(store, case, region, plan.origin[0], dtype)
+    arrays = {"region": voxels[..., None], **_geometry_arrays(spec, plan, case, region)}
+    for name, view in spec.views.items():
+        if view.appearance is not None:
+            arrays.update(_appearance_arrays(planner, plan, name, case))
+    return plan, arrays
 
 
 def region_box(spec: ViewSpec, plan: Plan, case: Case) -> Box:

@@ -1,8 +1,9 @@
 """What every view will be: the case, the crop, the affine and the appearance of each slot, decided by arithmetic.
 
-A number drawn here depends on (seed, split, step, slot, view) and on nothing else: each draw starts a Philox counter
-of its own at those coordinates (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). So the step
-number is the only state of the data, whatever the ranks, threads, prefetching or restarts.
+A number drawn here depends on (seed, split, step, slot, view) and, for one version of numpy and DALI on one kind of
+machine, on nothing else: each draw starts a Philox counter of its own at those coordinates (Salmon et al., "Parallel
+random numbers: as easy as 1, 2, 3", 2011). So the step number is the only state of the data, whatever the ranks,
+threads, prefetching or restarts.
 """
 
 import hashlib

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import UserError
 from . import store as layout
 from .discovery import SUFFIXES, Series, Source, scan, sources
+from .headers import COPY_AGAIN
 from .rejection import Rejection
 from .store import Case, StoreWriteError
 from .workers import Job, WorkerPool
@@ -30,6 +31,7 @@ class Preparation:
     def __init__(self, raw: Path, target: Path, settings: dict[str, Any], workers: int, progress: bool) -> None:
         self.raw, self.target, self.settings, self.workers = raw, target, settings, workers
         self.known: dict[str, Case] = {}  # by source: what the index and the journal say is in the store
+        self.equal: dict[str, Case] = {}  # by source: what became the same volume as another source, and is not kept
         self.cases: list[Case] = []
         self.rejected: list[Rejection] = []
         self.prepared = self.duplicates = self.dropped = self.other_files = self.bytes = 0
@@ -41,12 +43,13 @@ class Preparation:
 
     def run(self) -> None:
         """Raises UserError where there is nothing to prepare, StoreWriteError where the store's disk refuses."""
-        self.known = _known_cases(self.target)
+        self.known = _known_cases(self.target, layout.INDEX, layout.JOURNAL)
+        self.equal = _known_cases(self.target, layout.DUPLICATES)
         tree = scan(self.raw, self.target)
         self.other_files = tree.other
         self.rejected += tree.rejected
         with WorkerPool(self.workers) as pool, self._bars:
-            found, orphans = sources(self.raw, tree, self._series(pool, tree.dicom_folders))
+            found, orphans = sources(self.raw, tree, self._series(pool, tree.dicom_files))
             self.rejected += orphans
             self._check_found(found)
             self.dropped = len(set(self.known) - {source.name for source in found})
@@ -55,6 +58,7 @@ class Preparation:
         self.prepared = sum(case.source in self._new for case in self.cases)
         layout.write_index(self.target, self.cases)
         layout.write_rejected(self.target, self.rejected)
+        layout.write_duplicates(self.target, self.equal.values())
         self._clean()
 
     def _check_found(self, found: list[Source]) -> None:
@@ -88,16 +92,27 @@ class Preparation:
         else:
             self.rejected.append(Rejection(source.name, reason, remedy))
 
-    def _series(self, pool: WorkerPool, folders: list[str]) -> list[Series]:
-        jobs = [{"task": "series", "folder": str(self.raw / folder)} for folder in folders]
+    def _series(self, pool: WorkerPool, dicom_files: dict[str, list[str]]) -> list[Series]:
+        """The series of all folders. Where files of a folder cannot be listed, its series may lack them: rejected."""
+        folders = sorted(dicom_files)
+        jobs = [{"task": "series", "folder": str(self.raw / each), "names": dicom_files[each]} for each in folders]
         result = []
         for position, reply in self._perform(pool, "series", jobs):
             folder = folders[position]
             if "rejected" in reply:
                 self.rejected.append(Rejection(folder, reply["rejected"]["reason"], reply["rejected"]["remedy"]))
                 continue
-            for each in reply["done"]:
-                result.append(Series(folder, each["uid"], tuple(each["files"]), alone=len(reply["done"]) == 1))
+            series, lost = reply["done"]["series"], reply["done"]["lost"]
+            for name, reason in lost:
+                self.rejected.append(Rejection(name if folder == "." else f"{folder}/{name}", reason, COPY_AGAIN))
+            if series and lost:
+                shown = lost[0][0] if len(lost) == 1 else f"{lost[0][0]} and {len(lost) - 1} more"
+                reason = f"the series may be incomplete: {len(lost)} of the folder's files cannot be read ({shown})"
+                remedy = "copy those files again; remove them if they are no slices, and the series is prepared"
+                self.rejected.append(Rejection(folder, reason, remedy))
+                continue
+            for each in series:
+                result.append(Series(folder, each["uid"], tuple(each["files"]), alone=len(series) == 1))
         return result
 
     def _digests(self, pool: WorkerPool, found: list[Source]) -> Digests:
@@ -116,11 +131,14 @@ class Preparation:
         for source, (digest, _) in digests.items():
             groups.setdefault(digest, []).append(source)
         waiting = list(groups.values())
-        with _Journal(self.target / layout.JOURNAL) as journal:
-            while waiting:
-                heads = [group[0] for group in waiting]
-                new = [source for source in heads if not self._is_stored(source, digests[source])]
-                failed: set[Source] = set()
+        stored = [self.known[source.name] for source in digests if self._is_stored(source, digests[source])]
+        kept = {case.sha256: case.source for case in reversed(stored)}  # the first by name counts
+        while waiting:
+            heads = [group[0] for group in waiting]
+            new = [source for source in heads if not self._is_done(source, digests[source], kept)]
+            self._withdraw(new)
+            failed: set[Source] = set()
+            with _Journal(self.target / layout.JOURNAL) as journal:
                 for position, reply in self._perform(pool, "preparing", [self._job(source) for source in new]):
                     source = new[position]
                     if "rejected" in reply:
@@ -130,10 +148,27 @@ class Preparation:
                     self.known[source.name] = case = _case(source, digests[source], reply["done"])
                     self._new.add(source.name)
                     journal.append(case.as_line())
-                for group in waiting:
-                    if group[0] not in failed:
-                        self._keep(group)
-                waiting = [group[1:] for group in waiting if group[0] in failed and len(group) > 1]
+            for group in waiting:
+                if group[0] not in failed:
+                    self._keep(group)
+            waiting = [group[1:] for group in waiting if group[0] in failed and len(group) > 1]
+
+    def _withdraw(self, new: list[Source]) -> None:
+        """Take back what the store says of sources that are redone, before the first of their files is replaced.
+
+        Until the new index is written there is none, so that nobody reads new volumes by old lines; what stays valid
+        goes into the journal, where the next run finds it if this one is killed.
+        """
+        sources, ids = {source.name for source in new}, {source.id for source in new}
+        old = {name: case for name, case in self.known.items() if name in sources or case.id in ids}
+        if not old:
+            return
+        self.known = {name: case for name, case in self.known.items() if name not in old}
+        layout.write_cases(self.target / layout.JOURNAL, self.known.values())
+        layout.remove(self.target / layout.INDEX)
+        for case in old.values():
+            for folder in (layout.VOLUMES, layout.LABELS):
+                layout.remove(self.target / folder / f"{case.id}.npy")
 
     def _job(self, source: Source) -> Job:
         return {
@@ -148,9 +183,7 @@ class Preparation:
 
     def _is_stored(self, source: Source, digest: tuple[str, str | None]) -> bool:
         case = self.known.get(source.name)
-        if case is None or case.id != source.id or case.label_source != source.label_name:
-            return False
-        if (case.source_sha256, case.label_source_sha256) != digest:
+        if case is None or not _same_source(case, source, digest):
             return False
         try:
             layout.check_case_files(self.target, case)
@@ -158,10 +191,17 @@ class Preparation:
             return False
         return True
 
+    def _is_done(self, source: Source, digest: tuple[str, str | None], kept: dict[str, str]) -> bool:
+        """Whether it is in the store, or known to become the same volume as an earlier one that is."""
+        if self._is_stored(source, digest):
+            return True
+        case = self.equal.get(source.name)
+        return case is not None and _same_source(case, source, digest) and kept.get(case.sha256, "\uffff") < source.name
+
     def _keep(self, group: list[Source]) -> None:
         """The first of a group of equal files is in the store; report the others."""
         first = group[0]
-        self.cases.append(self.known[first.name])
+        self.cases.append(self.known.get(first.name) or self.equal[first.name])
         for other in group[1:]:
             self._report_duplicate(other.name, other.label_name, first.name, "the same bytes as")
 
@@ -175,9 +215,11 @@ class Preparation:
     def _leave_out_equal_results(self) -> None:
         """Different files may hold the same volume (.nii and .nii.gz): the first by name stays."""
         stays: dict[str, Case] = {}
+        self.equal = {}
         for case in sorted(self.cases, key=lambda case: case.source):
             first = stays.setdefault(case.sha256, case)
             if first is not case:
+                self.equal[case.source] = case
                 how = "once prepared, the same volume as"
                 self._report_duplicate(case.source, case.label_source, first.source, how)
         self.cases = sorted(stays.values(), key=lambda case: case.id)
@@ -209,10 +251,16 @@ def _case(source: Source, digest: tuple[str, str | None], fields: dict[str, Any]
     )
 
 
-def _known_cases(target: Path) -> dict[str, Case]:
-    """Cases by source, from the index and then the journal. A line that cannot be read is work to be done again."""
+def _same_source(case: Case, source: Source, digest: tuple[str, str | None]) -> bool:
+    """Whether a case was made of this very volume and label, under the id that they have now."""
+    names = (case.id, case.label_source) == (source.id, source.label_name)
+    return names and (case.source_sha256, case.label_source_sha256) == digest
+
+
+def _known_cases(target: Path, *files: str) -> dict[str, Case]:
+    """Cases by source, from files of the store; the last line counts. One that cannot be read is done again."""
     result: dict[str, Case] = {}
-    for name in (layout.INDEX, layout.JOURNAL):
+    for name in files:
         try:
             lines = (target / name).read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:

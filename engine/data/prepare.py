@@ -18,7 +18,8 @@ from .preparation import Preparation
 from .store import StoreWriteError
 
 LOCK = ".lock"
-OWN_NAMES = {LOCK, layout.JOURNAL, layout.SETTINGS, layout.INDEX, layout.REJECTED, layout.VOLUMES, layout.LABELS}
+OWN_FILES = {LOCK, layout.JOURNAL, layout.SETTINGS, layout.INDEX, layout.REJECTED, layout.DUPLICATES}
+OWN_NAMES = OWN_FILES | {layout.VOLUMES, layout.LABELS}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
     STORE/store.json        settings of prepare, written once
     STORE/index.jsonl       one case a line, sorted by id
     STORE/rejected.jsonl    one rejected file a line, sorted by file
+    STORE/duplicates.jsonl  as the index, for sources left out because they become the volume of another; often absent
     STORE/volumes/ID.npy    (D, H, W) float16 or float32, C order
     STORE/labels/ID.npy     (D, H, W) uint8, uint16 where a class is above 255
 
@@ -25,6 +26,7 @@ from .rejection import Rejection
 
 FORMAT = 1
 SETTINGS, INDEX, REJECTED, JOURNAL = "store.json", "index.jsonl", "rejected.jsonl", "journal.jsonl"
+DUPLICATES = "duplicates.jsonl"
 VOLUMES, LABELS = "volumes", "labels"
 
 
@@ -44,7 +46,7 @@ class Case:
     modality: str  # "ct" or "mr"
     dtype: str  # "float16" or "float32"
     intensity: dict[str, float]
-    source: str  # path relative to RAW; FOLDER#SERIES for one of several DICOM series in a folder
+    source: str  # path relative to RAW; FOLDER#HASH for one of several DICOM series in a folder
     source_sha256: str
     sha256: str  # of volumes/ID.npy
     label_sha256: str | None = None  # of labels/ID.npy
@@ -257,8 +259,21 @@ def write_settings(store: Path, settings: dict[str, Any]) -> None:
 
 
 def write_index(store: Path, cases: Iterable[Case]) -> None:
+    write_cases(store / INDEX, cases)
+
+
+def write_duplicates(store: Path, cases: Iterable[Case]) -> None:
+    """Write duplicates.jsonl, or remove it where there are none."""
+    if cases := list(cases):
+        write_cases(store / DUPLICATES, cases)
+    else:
+        remove(store / DUPLICATES)
+
+
+def write_cases(file: Path, cases: Iterable[Case]) -> None:
+    """Write cases as lines sorted by id, atomically. Raises StoreWriteError."""
     lines = [case.as_line() for case in sorted(cases, key=lambda case: case.id)]
-    write_atomically(store / INDEX, lambda stream: _write_lines(stream, lines))
+    write_atomically(file, lambda stream: _write_lines(stream, lines))
 
 
 def write_rejected(store: Path, rejections: Iterable[Rejection]) -> None:

@@ -17,6 +17,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from ..errors import UserError
+
 Job = dict[str, Any]
 PROGRAM = f"from {__package__}.workers import serve; from {__package__}.conversion import perform; serve(perform)"
 # Workers are as many as there are cores: a second thread in any of them only takes time from another.
@@ -26,7 +28,7 @@ ONE_THREAD = dict.fromkeys(
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
-class WorkerStartError(RuntimeError):
+class WorkerStartError(UserError):
     """A worker process could not even start: an installation that does not work, not a matter of any file."""
 
 
@@ -66,7 +68,9 @@ class _Worker:
         if process.stdout.readline() != b"ready\n":
             _, complaint = process.communicate()
             last = complaint.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-            raise WorkerStartError(f"a worker process did not start: {last[0]}")
+            raise WorkerStartError(
+                f"a worker process did not start: {last[0]}: repair the installation (install voxtrast again)"
+            )
         process.stderr.close()
         return process
 

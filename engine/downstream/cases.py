@@ -55,8 +55,7 @@ def draw_cases(store: Store, *, labels: int, seed: int, test_cases: int | None =
             f"{store.path}: none of its {len(store.cases)} cases has a label; prepare it from a folder "
             "with images/ and labels/ under the same file names"
         )
-    fraction = ValidationConfig().fraction if test_cases is None else test_cases / len(store.cases)
-    kept, aside = held_aside(store.cases, fraction)
+    kept, aside = held_aside(store.cases, ValidationConfig().fraction, count=test_cases)
     pool = sorted((case for case in kept if case.id in labelled), key=lambda case: case.id)
     test = sorted((case for case in aside if case.id in labelled), key=lambda case: case.id)
     if not any(case.label_classes for case in test):

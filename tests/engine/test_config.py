@@ -61,7 +61,6 @@ def test_an_unknown_key_names_the_nearest_right_one(word: str, named: str) -> No
         ("optimizer.learning_rate=nan", "finite"),
         ("optimizer.learning_rate=1e999", "finite"),
         ("schedule.final_fraction=3", "final_fraction"),
-        ("schedule.warmup_steps=5000", "warmup_steps"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_remedy(word: str, message: str) -> None:

@@ -42,7 +42,8 @@ EXPECTED = {
     "nan.mha": r"2 of 10560 voxels are not finite numbers \(NaN\)",
     "infinite.mha": r"1 of 10560 voxels are not finite numbers \(infinite\)",
     "constant.nii.gz": "constant: every voxel is 7",
-    "mask.nii.gz": "nearly constant: 99 % of the voxels above the background are 1",
+    "mask.nii.gz": "looks like a label map: 2 different values, all of them whole numbers from 0 up",
+    "speck.nii.gz": "nearly constant: 99 % of the voxels above the background are 1.5",
     "zero_spacing.nii.gz": "the voxel spacing in the header is 0 x 1.5 x 1.5",
     "zero_spacing.mha": "the voxel spacing in the header is 0 x 1.5 x 1.5",
     "zero_spacing.nrrd": "the voxel spacing in the header is 0 x 1.5 x 1.5",
@@ -62,6 +63,17 @@ EXPECTED = {
     "two_in_one": r"slices \S+\.dcm and \S+\.dcm lie at the same place",
     "tilted": r"gantry tilt: the slices are shifted against each other by 14.0 degrees",
     "lonely": "the series has a single slice",
+    "strays": r"the series may be incomplete: 2 of the folder's files cannot be read \(empty.dcm and 1 more\)",
+    "strays/empty.dcm": r"the file is empty \(0 bytes\)",
+    "strays/garbage.dcm": "not a DICOM file in spite of its name",
+    "last_empty": "the series may be incomplete: 1 of the folder's files cannot be read",
+    "last_empty/1_2_3_16_001.dcm": r"the file is empty \(0 bytes\)",
+    "last_damaged": "the series may be incomplete: 1 of the folder's files cannot be read",
+    "last_damaged/1_2_3_17_001.dcm": "the DICOM file is truncated or damaged",
+    "last_short": "the series may be incomplete: 1 of the folder's files cannot be read",
+    "last_short/1_2_3_18_001.dcm": "the DICOM file is truncated or damaged",
+    "last_cut": "the series may be incomplete: 1 of the folder's files cannot be read",
+    "last_cut/1_2_3_19_001.dcm": "the DICOM file is truncated or damaged",
     "pet": "DICOM modality PT, CT or MR was expected",
     "orphan_label.nii.gz": "a label without its image",
     "short_label.nii.gz": r"label measures 20 x 22 x 23 voxels \(D, H, W\), its image 20 x 22 x 24 \(a label; its",
@@ -84,6 +96,7 @@ def write_bad_inputs(raw: Path, write: Callable, write_dicom: Callable, values: 
     write_dicom(raw / "tilted", ct, uid="1.2.3.12", shift_mm=(0.0, 0.5))
     write_dicom(raw / "lonely", ct[:1], uid="1.2.3.13")
     write_dicom(raw / "pet", ct, uid="1.2.3.14", modality="PT")
+    _write_damaged_series(raw, ct, write_dicom)
     (raw / "notes.txt").write_text("not an image")
     label = (values(4) > 500).astype(np.uint8)
     write(raw / "orphan_label.nii.gz", label)
@@ -95,6 +108,21 @@ def write_bad_inputs(raw: Path, write: Callable, write_dicom: Callable, values: 
     write(raw / "negative_label.nii.gz", label.astype(np.int16) * 3 - 1)
     file = write(raw / "broken_label.nii.gz", label)
     file.write_bytes(file.read_bytes()[:-100])
+
+
+def _write_damaged_series(raw: Path, ct: np.ndarray, write_dicom: Callable) -> None:
+    """Nothing shows in the positions of the other slices where the last one is not listed."""
+    write_dicom(raw / "strays", ct, uid="1.2.3.15")
+    (raw / "strays/garbage.dcm").write_bytes(b"not DICOM " * 100)
+    (raw / "strays/empty.dcm").touch()
+    write_dicom(raw / "last_empty", ct, uid="1.2.3.16")[-1].write_bytes(b"")
+    file = write_dicom(raw / "last_damaged", ct, uid="1.2.3.17")[-1]
+    data = file.read_bytes()
+    file.write_bytes(data[:140] + b"\xff" * (len(data) - 140))
+    file = write_dicom(raw / "last_short", ct, uid="1.2.3.18")[-1]
+    file.write_bytes(file.read_bytes()[:300])
+    file = write_dicom(raw / "last_cut", ct, uid="1.2.3.19")[-1]
+    file.write_bytes(file.read_bytes()[:-200])
 
 
 def _write_damaged(raw: Path, write: Callable, values: Callable) -> None:
@@ -136,6 +164,7 @@ def _write_strange(raw: Path, write: Callable, values: Callable) -> None:
             write(raw / f"{name}.{suffix}", array)
     write(raw / "constant.nii.gz", np.full((20, 22, 24), 7, np.float32))
     write(raw / "mask.nii.gz", (values(21) > 500).astype(np.uint8))
+    write(raw / "speck.nii.gz", (values(21) > 500) * np.float32(1.5))
     _patch_header(write(raw / "zero_spacing.nii.gz", 22), 80, struct.pack("<f", 0.0))
     file = write(raw / "zero_spacing.mha", 23)
     file.write_bytes(file.read_bytes().replace(b"ElementSpacing = 1.5", b"ElementSpacing = 0.0"))

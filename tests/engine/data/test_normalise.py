@@ -11,6 +11,7 @@ from nibabel.affines import apply_affine
 
 from voxtrast.engine.data import normalise
 from voxtrast.engine.data.reading import read_volume
+from voxtrast.engine.data.rejection import RejectedError
 
 
 @pytest.mark.parametrize("angles", [(0.0, 0.0, 0.0), (10.0, -20.0, 15.0)])
@@ -52,6 +53,53 @@ def test_spacing_within_a_thousandth_is_left_alone() -> None:
     assert normalise.resample_image(values, grid) is values
     assert normalise.resample_label(values, grid) is values
     assert not normalise.isotropic_grid(values.shape, np.array([1.5, 1.5 * 1.002, 1.5]), 1.5).same
+
+
+def centres(label: np.ndarray, grid: normalise.Grid | None = None) -> dict[int, np.ndarray]:
+    """Centre of mass of each class in voxels of the input."""
+    places = {int(each): np.argwhere(label == each).mean(axis=0) for each in np.unique(label)}
+    return places if grid is None else {each: place * grid.ratio + grid.offset for each, place in places.items()}
+
+
+@pytest.mark.parametrize("size", [40, 41])
+@pytest.mark.parametrize("ratio", [2.0, 1.5, 0.5, 2.0000002])
+def test_labels_keep_their_centre_of_mass_and_volume(ratio: float, size: int) -> None:
+    """Two balls that touch, at many places of the grid: on average nothing moves, and nothing moves far."""
+    zyx = np.stack(np.meshgrid(*[np.arange(size)] * 3, indexing="ij"))
+    shifts, growths = [], []
+    for middle in np.random.default_rng(0).uniform(-1, 1, (40, 3)) + size / 2:
+        label = np.zeros((size,) * 3, np.uint8)
+        for number, side in ((3, -8), (200, 8)):
+            away = zyx - (middle + np.array([0, side / 2, side]))[:, None, None, None]
+            label[(away**2).sum(axis=0) < 64] = number
+        grid = normalise.isotropic_grid(label.shape, np.ones(3), ratio)
+        result = normalise.resample_label(label, grid)
+        before, after = centres(label), centres(result, grid)
+        assert after.keys() == before.keys()
+        shifts += [after[each] - before[each] for each in (3, 200)]
+        growths += [np.sum(result == each) * ratio**3 / np.sum(label == each) - 1 for each in (3, 200)]
+    # in voxels of the input; taking the nearest one and rounding halves up is off by 0.5 at a ratio of 2
+    assert np.abs(shifts).max() < 0.125 * max(ratio, 1)
+    assert np.abs(np.mean(shifts, axis=0)).max() < 0.03
+    assert abs(np.mean(growths)) < 0.02, "ties favour no class"
+
+
+def test_resampling_invents_no_class() -> None:
+    draw = np.random.default_rng(1)
+    label = np.array([0, 2, 7, 300, 65535], np.uint16)[draw.integers(0, 5, (17, 20, 23))]
+    for ratio in (0.45, 1.3, 2.0):
+        result = normalise.resample_label(label, normalise.isotropic_grid(label.shape, np.ones(3), ratio))
+        assert result.dtype == np.uint16
+        assert set(np.unique(result)) <= {0, 2, 7, 300, 65535}
+
+
+def test_a_new_voxel_that_lies_on_an_old_one_has_its_class() -> None:
+    label = np.random.default_rng(2).integers(0, 9, (21, 21, 21)).astype(np.uint8)
+    finer = normalise.resample_label(label, normalise.isotropic_grid(label.shape, np.ones(3), 0.5))
+    np.testing.assert_array_equal(finer[::2, ::2, ::2], label)
+    everywhere = np.full((20, 20, 20), 5, np.uint8)
+    coarser = normalise.resample_label(everywhere, normalise.isotropic_grid(everywhere.shape, np.ones(3), 1.7))
+    assert (coarser == 5).all()
 
 
 def test_downsampling_does_not_alias() -> None:
@@ -98,6 +146,26 @@ def test_modality_is_told_from_hounsfield_units() -> None:
     assert normalise.guess_modality(draw.uniform(-4096, 4095, 10000)) == "mr", "a phase map"
     assert normalise.guess_modality(draw.normal(0, 200, 10000)) == "mr", "a difference image"
     assert normalise.guess_modality(draw.rayleigh(200, 10000)) == "mr"
+
+
+@pytest.mark.parametrize("padding", [-1000.0, -1024.0])
+def test_flat_padding_is_not_air(padding: float) -> None:
+    draw = np.random.default_rng(0)
+    brain = np.clip(draw.normal(100, 60, 6000), 0, None)
+    assert normalise.guess_modality(np.concatenate([np.full(4000, padding), brain])) == "mr"
+    lungs = draw.normal(-880, 30, 500)
+    assert normalise.guess_modality(np.concatenate([np.full(4000, padding), lungs, brain])) == "ct"
+
+
+def test_few_whole_numbers_are_taken_for_a_label_map(values: Callable) -> None:
+    classes = np.arange(16, dtype=np.float32).repeat(1000).reshape(20, 40, 20)
+    with pytest.raises(RejectedError, match="looks like a label map: 16 different values"):
+        normalise.check_values(classes)
+    normalise.check_values(classes - 3)
+    normalise.check_values(classes * np.float32(0.5))
+    normalise.check_values(np.arange(17).repeat(1000).reshape(20, 17, 50))
+    classes[7, 7, 7] = 16
+    normalise.check_values(classes)
 
 
 def test_modality_rule_on_real_volumes(real_volumes: Path) -> None:

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -420,6 +421,45 @@ def test_closing_releases_dali_and_the_readers(store: Store) -> None:
     assert readers() == before
     with pytest.raises(UserError, match="closed"):
         next(pipeline)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_pipeline_that_is_dropped_without_closing_is_freed(store: Store, steps: int) -> None:
+    def readers() -> int:
+        return sum(thread.name.startswith("voxtrast-reader") for thread in threading.enumerate())
+
+    before = readers()
+    pipeline = ViewPipeline(store, store.cases, ViewSpec((16, 16, 16), COVER), seed=1, global_batch=2)
+    batches = list(itertools.islice(pipeline, steps))
+    expected = [batch["moving"].clone() for (batch,) in batches]
+    whole, dali = weakref.ref(pipeline), weakref.ref(pipeline._pipeline)
+    gc.disable()
+    try:
+        del pipeline
+        assert whole() is None, "at once, without a search for cycles"
+    finally:
+        gc.enable()
+    gc.collect()
+    assert dali() is None
+    until = time.monotonic() + 10
+    while readers() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert readers() == before
+    assert all(torch.equal(batch["moving"], copy) for (batch,), copy in zip(batches, expected, strict=True))
+
+
+def test_what_dali_reads_lives_as_long_as_dali(store: Store) -> None:
+    pipeline = ViewPipeline(store, store.cases, ViewSpec((16, 16, 16), COVER), seed=1, global_batch=2, prefetch=2)
+    next(pipeline)
+    dali, sent = pipeline._pipeline, pipeline._sent
+    steps = len(sent)
+    pipeline.close()
+    assert steps >= 2
+    assert len(sent) == steps, "DALI is still there: nothing may be taken from under it"
+    gone = weakref.ref(sent)
+    del sent, dali
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_volume_that_vanished_is_named(tmp_path: Path) -> None:

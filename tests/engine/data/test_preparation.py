@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from voxtrast.engine.data import workers
+from voxtrast.engine.data import preparation, workers
+from voxtrast.engine.data.store import Store
+from voxtrast.engine.errors import UserError
 
 DIE = (
     "import os, signal; from voxtrast.engine.data import workers, conversion\n"
@@ -46,7 +48,7 @@ def test_workers_that_cannot_start_are_reported_and_not_blamed_on_files(
 ) -> None:
     write(tmp_path / "raw/a.nii.gz", 1)
     monkeypatch.setattr(workers, "PROGRAM", "raise ImportError('no SimpleITK')")
-    with pytest.raises(workers.WorkerStartError, match="ImportError: no SimpleITK"):
+    with pytest.raises(UserError, match="ImportError: no SimpleITK: repair the installation"):
         run(tmp_path / "raw", tmp_path / "store")
 
 
@@ -113,6 +115,37 @@ def test_killed_twenty_times_it_resumes_to_equal_bytes(
     tmp_path: Path, write: Callable, run: Callable, contents: Callable
 ) -> None:
     _kill_and_resume(tmp_path, 20, write, run, contents)
+
+
+def test_killed_while_it_updates_a_source_it_leaves_no_index_of_the_old_one(
+    tmp_path: Path, write: Callable, run: Callable, contents: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when the new volume is in place and nothing else is: nobody may read it by the old line."""
+    raw, store = tmp_path / "raw", tmp_path / "store"
+    for number in range(3):
+        write(raw / f"{number}.nii.gz", number)
+    run(raw, store)
+    old = (raw / "1.nii.gz").read_bytes()
+    write(raw / "1.nii.gz", 11)
+
+    def end(journal: object, line: str) -> None:
+        raise KeyboardInterrupt
+
+    for content in ((raw / "1.nii.gz").read_bytes(), old):  # the next run finds the new source, or the old one again
+        monkeypatch.setattr(preparation._Journal, "append", end)
+        with pytest.raises(KeyboardInterrupt):
+            run(raw, store)
+        monkeypatch.undo()
+        assert (store / "volumes/1.npy").exists()
+        with pytest.raises(UserError, match="prepare did not finish"):
+            Store(store)
+        (raw / "1.nii.gz").write_bytes(content)
+        summary = run(raw, store)
+        assert (summary.prepared, summary.unchanged, summary.exit_code) == (1, 2, 0)
+        Store(store).verify(contents=True)
+        run(raw, tmp_path / f"anew{content == old}")
+        assert contents(store) == contents(tmp_path / f"anew{content == old}")
+        write(raw / "1.nii.gz", 12)
 
 
 def test_leftovers_of_a_kill_are_removed(tmp_path: Path, write: Callable, run: Callable, contents: Callable) -> None:

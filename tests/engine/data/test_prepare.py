@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from voxtrast.engine.data.preparation import Preparation
 from voxtrast.engine.data.store import Store
 from voxtrast.engine.errors import UserError
 
@@ -49,10 +50,11 @@ def test_dicom_series_are_found_split_and_read_in_hounsfield_units(
     ]
     assert {(case.source, case.modality) for case in store.cases} == {
         ("patient/one", "ct"),
-        ("patient/two#1.2.3.5", "mr"),
-        ("patient/two#1.2.3.6", "ct"),
+        ("patient/two#f53eea05", "mr"),
+        ("patient/two#2948ed61", "ct"),
     }
     one = next(case for case in store.cases if case.source == "patient/one")
+    assert "1.2.3.5" not in "".join(file.read_text() for file in (tmp_path / "store").glob("*.json*")), "no UID"
     volume = store.volume(one)
     assert one.shape[0] == 20, "the slices are 2 mm apart"
     np.testing.assert_allclose(volume[:5], -1.0, atol=0.02)  # d = 0 is the lowest position, whatever the file's name
@@ -65,7 +67,60 @@ def test_a_dicom_folder_may_itself_be_the_raw_folder(
 ) -> None:
     write_dicom(tmp_path / "patient7", values(1).astype(np.int16))
     assert run(tmp_path / "patient7", tmp_path / "store").exit_code == 0
-    assert [(case.id, case.source) for case in Store(tmp_path / "store").cases] == [("patient7", ".")]
+    assert [(case.id, case.source) for case in Store(tmp_path / "store").cases] == [("volume", ".")], (
+        "whatever RAW is called"
+    )
+
+
+def test_dicom_objects_without_an_image_are_passed_over(
+    tmp_path: Path, write_dicom: Callable, values: Callable, run: Callable
+) -> None:
+    slices = write_dicom(tmp_path / "raw/a", values(1).astype(np.int16))
+    kind, report = b"1.2.840.10008.5.1.4.1.1.2", b"1.2.840.10008.5.1.4.1.1.88.11"
+    data = slices[0].read_bytes()[:400]
+    at = data.index(kind)
+    length = len(report) + 1
+    data = data[: at - 2] + length.to_bytes(2, "little") + report + b"\0" + data[at + len(kind) + 1 :]
+    (tmp_path / "raw/a/report.dcm").write_bytes(data)
+    assert run(tmp_path / "raw", tmp_path / "store").exit_code == 0
+
+
+def test_volumes_outside_images_get_a_line(
+    tmp_path: Path, write: Callable, write_dicom: Callable, values: Callable, run: Callable, rejected: Callable
+) -> None:
+    raw, label = tmp_path / "raw", np.zeros((20, 22, 24), np.uint8)
+    write(raw / "images/a.nii.gz", 1)
+    write(raw / "labels/a.nii.gz", label)
+    write(raw / "b.nii.gz", 2)
+    write(raw / "more/c.nii.gz", 3)
+    write(raw / "more/c_label.nii.gz", label)
+    write_dicom(raw / "more/series", values(4).astype(np.int16))
+    (raw / "index.csv").touch()
+    summary = run(raw, tmp_path / "store")
+    assert (summary.prepared, summary.rejected, summary.other_files, summary.exit_code) == (1, 4, 1, 1)
+    lines = rejected(tmp_path / "store")
+    assert set(lines) == {"b.nii.gz", "more/c.nii.gz", "more/c_label.nii.gz", "more/series"}
+    assert all(line["reason"] == "lies outside images/" for line in lines.values())
+    assert all(line["remedy"].startswith("move it into images/") for line in lines.values())
+
+
+@pytest.mark.parametrize(("images", "labels"), [("Images", "LABELS"), ("imagesTr", "labelsTr")])
+def test_folders_of_pairs_in_any_case_and_as_nnunet_names_them(
+    images: str, labels: str, tmp_path: Path, write: Callable, run: Callable
+) -> None:
+    raw = tmp_path / "raw"
+    for number, name in enumerate(("a", "b_0000", "c_0000", "c_0001", "d_0000")):
+        write(raw / f"{images}/{name}.nii.gz", number)
+    for number, name in enumerate(("a", "b", "c", "d_0000")):
+        write(raw / f"{labels}/{name}.nii.gz", np.full((20, 22, 24), number + 1, np.uint8))
+    assert run(raw, tmp_path / "store").exit_code == 0
+    assert {case.id: case.label_classes for case in Store(tmp_path / "store").cases} == {
+        "a": (1,),
+        "b_0000": (2,),
+        "c_0000": (3,),
+        "c_0001": (),
+        "d_0000": (4,),
+    }
 
 
 def test_ids_are_safe_unique_and_independent_of_the_other_files_order(
@@ -168,6 +223,35 @@ def test_what_changed_is_redone_and_what_is_gone_is_dropped(
     assert not (store / "volumes/2.npy").exists()
     run(raw, tmp_path / "anew", workers=2)
     assert contents(store) == contents(tmp_path / "anew"), "as if prepared from nothing, with another number of workers"
+
+
+def test_equal_volumes_are_not_converted_again(
+    tmp_path: Path, write: Callable, run: Callable, contents: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, store = tmp_path / "raw", tmp_path / "store"
+    for name in ("a.mha", "b.nii.gz", "c.nrrd"):
+        write(raw / name, 1)
+    write(raw / "b_label.nii.gz", np.ones((20, 22, 24), np.uint8))
+    assert run(raw, store).duplicates == 2
+    before = contents(store)
+    jobs = []
+    original = Preparation._job
+    monkeypatch.setattr(Preparation, "_job", lambda self, source: jobs.append(source.id) or original(self, source))
+    summary = run(raw, store)
+    assert (summary.prepared, summary.unchanged, summary.duplicates, jobs) == (0, 1, 2, [])
+    assert contents(store) == before
+    (raw / "a.mha").unlink()  # now b is the first
+    with pytest.raises(UserError, match="none of the 1 volumes"):
+        run(raw, store)
+    write(raw / "d.nii.gz", 4)
+    write(raw / "a.mha", 5)
+    run(raw, store)
+    assert sorted(jobs) == ["a", "b", "c", "d"]
+    run(raw, tmp_path / "anew")
+    assert contents(store) == contents(tmp_path / "anew")
+    (raw / "c.nrrd").unlink()
+    run(raw, store)
+    assert not (store / "duplicates.jsonl").exists()
 
 
 def test_other_settings_other_raw_and_foreign_folders_are_refused(

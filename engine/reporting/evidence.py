@@ -1,0 +1,213 @@
+"""What a report shows of a run, gathered from its folder and by running its method on the cases held aside."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...kernels import warp
+from ...methods import Method, build_network
+from ...methods.backbone import BackboneConfig
+from ..data.pipeline import ViewPipeline
+from ..data.store import Case, Store
+from ..downstream.evaluation import predict
+from ..errors import UserError
+from ..runs import LoadedRun, build_method
+from ..weights import load_weights
+from .planes import Frame, frame_of
+from .volumes import MatchedPair
+
+Volume = NDArray[Any]
+Line = dict[str, Any]
+
+LARGEST_SIDE_VOXELS = 96  # of what is looked at in one piece; a larger volume is cut about its middle
+
+
+def read_log(run: Path) -> tuple[list[Line], list[Line]]:
+    """The lines of RUN/log.jsonl and of RUN/validation.jsonl, without a line that was cut off; none where no file is."""
+    return _read_lines(run / "log.jsonl"), _read_lines(run / "validation.jsonl")
+
+
+def _read_lines(path: Path) -> list[Line]:
+    lines: list[Line] = []
+    if not path.is_file():
+        return lines
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue  # the step that a kill interrupted
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
+    return lines
+
+
+def match_pairs(run: LoadedRun) -> list[MatchedPair]:
+    """The views that validation looks at, with what the method makes of them. Two-dimensional where the method is."""
+    config, method = run.config, run.method
+    if not run.validation_cases:
+        raise UserError("no case is held aside (validation.fraction=0), so there is no unseen pair to show")
+    by_id = {case.id: case for case in run.validation_cases}
+    pairs: list[MatchedPair] = []
+    with ViewPipeline(
+        run.store,
+        run.validation_cases,
+        method.views,
+        seed=config.seed,
+        split="validation",
+        global_batch=config.train.global_batch,
+        threads=1,
+    ) as views:
+        for [batch] in itertools.islice(views, config.validation.batches):
+            if "displacement" not in batch:
+                raise UserError(f"{config.method.name} has no displacement to show")
+            seen = method.inspect(batch)
+            moving = batch["moving"].float()
+            warped_true = warp(moving, batch["displacement"])
+            warped_recovered = warp(moving, seen["displacement"].float())
+            for index, name in enumerate(batch["case"]):
+                case = by_id[name]
+                pairs.append(
+                    MatchedPair(
+                        case=name,
+                        frame=frame_of(case.affine, case.spacing_mm, len(method.views.crop)),
+                        moving=_numpy(moving[index, 0]),
+                        fixed=_numpy(batch["fixed"][index, 0]),
+                        true=_numpy(batch["displacement"][index]),
+                        recovered=_numpy(seen["displacement"][index]),
+                        mask=_numpy(batch["mask"][index, 0]),
+                        warped_true=_numpy(warped_true[index, 0]),
+                        warped_recovered=_numpy(warped_recovered[index, 0]),
+                    )
+                )
+    return pairs
+
+
+def differing_cases(pairs: Sequence[MatchedPair], count: int) -> list[MatchedPair]:
+    """The first pair of each of the first `count` cases: chosen by order, not by how well it turned out."""
+    first: dict[str, MatchedPair] = {}
+    for pair in pairs:
+        first.setdefault(pair.case, pair)
+    return list(first.values())[:count]
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    name: str
+    frame: Frame
+    image: Volume  # (*S)
+    features: Volume  # (C, *S) float32
+
+
+def features_of(run: LoadedRun, case: Case, *, untrained: bool = False) -> FeatureMap:
+    """The full-resolution features of a whole volume, or of its middle where it is large.
+
+    Args:
+        untrained: with the method's initial weights, for comparison.
+    """
+    dimensions = len(run.method.views.crop)
+    volume = numpy.asarray(run.store.volume(case), dtype=numpy.float32)
+    image = volume if dimensions == 3 else volume[volume.shape[0] // 2]
+    starts = [max(0, (size - LARGEST_SIDE_VOXELS) // 2) for size in image.shape]
+    image = image[tuple(slice(start, start + LARGEST_SIDE_VOXELS) for start in starts)]
+    stride = run.config.backbone.stride
+    background = case.intensity["background"]
+    padded = numpy.pad(image, [(0, -size % stride) for size in image.shape], constant_values=background)
+    view = torch.from_numpy(padded)[None, None]
+    method = _untrained(run) if untrained else run.method
+    features = method.inspect({"fixed": view, "moving": view})["features"][0].float()
+    inside = (slice(None), *(slice(size) for size in image.shape))
+    return FeatureMap(case.id, frame_of(case.affine, case.spacing_mm, dimensions), image, _numpy(features)[inside])
+
+
+def _untrained(run: LoadedRun) -> Method:
+    return build_method(run.config).eval()
+
+
+def principal_colours(maps: Sequence[FeatureMap]) -> tuple[list[Volume], list[float]]:
+    """The three directions in which the features of the first map vary most, as red, green and blue.
+
+    The directions and the range of the colours come from the bright half of the first volume and serve all maps, so
+    that equal colours mean equal features.
+
+    Returns: (*S, 3) from 0 to 1 for each map; share of the variance that each of the three directions holds.
+    """
+    first = maps[0]
+    foreground = first.image > first.image.mean(dtype=numpy.float64)
+    samples = first.features[:, foreground].astype(numpy.float64)
+    mean = samples.mean(axis=1, keepdims=True)
+    values, vectors = numpy.linalg.eigh(numpy.cov(samples - mean))
+    values, vectors = values[::-1], vectors[:, ::-1][:, :3]
+    # An eigenvector has no sign of its own: its largest entry is made positive.
+    vectors = vectors * numpy.sign(vectors[numpy.abs(vectors).argmax(axis=0), numpy.arange(vectors.shape[1])])
+    low, high = numpy.percentile(vectors.T @ (samples - mean), (1, 99), axis=1)
+    colours = []
+    for each in maps:
+        projected = numpy.tensordot(vectors.T, each.features - mean.reshape(-1, *[1] * first.image.ndim), axes=1)
+        span = numpy.maximum(high - low, 1e-12)
+        shape = (-1, *[1] * first.image.ndim)
+        scaled = (projected - low.reshape(shape)) / span.reshape(shape)
+        colours.append(numpy.moveaxis(scaled.clip(0, 1), 0, -1).astype(numpy.float32))
+    total = max(float(values.sum()), 1e-12)
+    return colours, [float(value) / total for value in values[:3]]
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    case: str
+    frame: Frame
+    image: Volume  # (D, H, W)
+    truth: Volume  # (D, H, W) label values
+    predictions: dict[str, Volume]  # by arm, label values
+
+
+def segmentations(lines: Sequence[Line]) -> Segmentation:
+    """What the saved models of both arms make of the first test case: fewest labels, first seed that both have.
+
+    Args:
+        lines: of finetune.jsonl.
+
+    Raises: UserError where no model or no store is left.
+    """
+    chosen = min(lines, key=lambda line: (line["labels"], line["seed"]))
+    same = {
+        line["arm"]: line
+        for line in lines
+        if (line["labels"], line["seed"], line["store"]) == (chosen["labels"], chosen["seed"], chosen["store"])
+    }
+    store = Store(Path(chosen["store"]))
+    name = chosen["cases"][0]["case"]
+    case = next((each for each in store.cases if each.id == name), None)
+    if case is None:
+        raise UserError(f"{store.path}: the test case {name} is not in it any more")
+    image = numpy.asarray(store.volume(case), dtype=numpy.float32)
+    predictions = {}
+    for arm in sorted(same):
+        model = Path(same[arm]["model"])
+        tensors, description = load_weights(model)
+        classes = numpy.asarray(description["classes"])
+        network = build_network(BackboneConfig.from_dict(description["backbone"]), len(classes))
+        network.load_state_dict(tensors, strict=False)  # decoder.encoder.* are the tensors of encoder.*
+        found = predict(
+            network,
+            torch.from_numpy(image)[None],
+            tuple(description["crop"]),
+            case.intensity["background"],
+            torch.device("cpu"),
+        )
+        predictions[arm] = classes[_numpy(found[0])]
+    return Segmentation(
+        name, frame_of(case.affine, case.spacing_mm), image, numpy.asarray(store.label(case)), predictions
+    )
+
+
+def _numpy(tensor: Tensor) -> Volume:
+    array: Volume = tensor.detach().cpu().numpy()
+    return array

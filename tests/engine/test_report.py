@@ -1,0 +1,263 @@
+"""The report: whole, self-contained, true to the logs, and plain about what is missing."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from voxtrast.engine import checkpoint
+from voxtrast.engine.config import load_config, write_config
+from voxtrast.engine.data.store import Store
+from voxtrast.engine.downstream.finetune import finetune
+from voxtrast.engine.errors import UserError
+from voxtrast.engine.report import Phase, Story, write_report
+from voxtrast.engine.reporting.evidence import FeatureMap, match_pairs, principal_colours, read_log
+from voxtrast.engine.reporting.planes import frame_of, planes_through
+from voxtrast.engine.runs import build_method, describe, load_run
+from voxtrast.engine.weights import save_weights
+
+VOID = {"meta", "img", "source", "br"}
+RAS = ((0.0, 0.0, 2.0, 0.0), (0.0, 3.0, 0.0, 0.0), (4.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0))
+
+
+class Reader(HTMLParser):
+    """Collects links and texts, and complains about a tag that is not closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.words: list[str] = []
+        self.pictures = 0
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "iframe", "object"), tag
+        if tag not in VOID:
+            self.open.append(tag)
+        self.pictures += tag == "img"
+        self.links += [value or "" for name, value in attributes if name in ("src", "srcset", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open
+        assert self.open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def read_page(path: Path) -> Reader:
+    reader = Reader()
+    reader.feed(path.read_text(encoding="utf-8"))
+    assert not reader.open
+    return reader
+
+
+def make_run(run: Path, store: Path, *, steps: int = 3, trained: bool = True) -> Path:
+    """A run's folder as pretraining leaves it, with numbers that are easily found again."""
+    words = [
+        f"data={store}",
+        f"output={run}",
+        "views.crop=[16,24,16]",
+        "backbone.features=[8,16]",
+        "method.units=[1,1]",
+        "validation.fraction=0.34",
+        "validation.batches=1",
+        f"train.steps={steps}",
+    ]
+    config = load_config("cover-tiny", words)
+    run.mkdir(parents=True)
+    write_config(config, run / "config.yaml")
+    if not trained:
+        return run
+    training = [
+        {
+            "step": step,
+            "loss": 9.0 / step,
+            "loss/vector": 8.0 / step,
+            "loss/consistency": 1.0 / step,
+            "monitor/displacement_error": 5.0 / step,
+            "monitor/zero_error": 6.0,
+            "learning_rate": 0.001,
+            "samples_per_second": 4.0,
+            "data_wait": 0.125,
+            "memory_mb": 789.0,
+        }
+        for step in range(1, steps + 1)
+    ]
+    validation = [
+        {
+            "step": step,
+            "loss": 7.654 - step,
+            "vector": 7.0 - step,
+            "consistency": 0.654,
+            "displacement_error": 6.54 - step,
+            "zero_error": 6.78,
+        }
+        for step in (0, steps)
+    ]
+    for name, lines in (("log", training), ("validation", validation)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (run / f"{name}.jsonl").write_text(text + '{"step": 99, "loss": 1')
+    method = build_method(config)
+    checkpoint.save_checkpoint(run / "checkpoints", checkpoint.State(steps, method.state_dict(), {}, {}), keep=1)
+    save_weights(
+        run / "weights.safetensors", method.transferable(), {**describe(config, Store(store).cases), "step": steps}
+    )
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_run(tmp_path_factory.mktemp("report") / "first", tiny_store)
+    for from_scratch in (False, True):
+        finetune(
+            folder,
+            tiny_store,
+            labels=1,
+            seed=0,
+            from_scratch=from_scratch,
+            steps=2,
+            crop=(16, 16, 16),
+            test_cases=2,
+            progress=False,
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> Path:
+    story = Story(
+        title="A <title> & more",
+        commands=["voxtrast pretrain cover-tiny"],
+        caveats=["made from blobs"],
+        phases=[Phase("prepare", 12.3, "six volumes"), Phase("pretrain", 45.6, "three steps", earlier=True)],
+        class_names={1: "bright parts"},
+        exports=["nnunet.pth"],
+    )
+    return write_report([run], run.parent / "report.html", story=story)
+
+
+def test_page_is_whole_and_needs_nothing_else(page: Path) -> None:
+    reader = read_page(page)
+    assert reader.pictures == 9
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in reader.links)
+    assert "@import" not in page.read_text()
+    assert "url(" not in page.read_text()
+    assert page.stat().st_size < 5e6
+
+
+def test_page_holds_the_numbers_of_the_logs(page: Path, run: Path) -> None:
+    text = "".join(read_page(page).words)
+    for number in ("7.654", "6.54", "6.78", "3.54", "4.654"):  # validation at the first and the last step
+        assert number in text
+    for words in ("3 of 3", "12.5% of the time", "789 MB", "2 s for 3 steps, median 0.50 s a step, 4.00 samples/s"):
+        assert words in text
+    for line in map(json.loads, (run / "finetune" / "finetune.jsonl").read_text().splitlines()):
+        assert f"{line['dice']['mean']:.3f}" in text
+        assert f"{line['dice']['classes']['1']:.3f}" in text
+
+
+def test_page_tells_the_story(page: Path) -> None:
+    text = "".join(read_page(page).words)
+    for words in (
+        "A <title> & more",
+        "voxtrast pretrain cover-tiny",
+        "made from blobs",
+        "12.3",
+        "this page",
+        "bright parts",
+        "three steps (by an earlier call)",
+        "nnunet.pth",
+    ):
+        assert words in text
+
+
+def test_numbers_of_the_pictures_are_those_of_validation(run: Path, tiny_store: Path) -> None:
+    loaded = load_run(run)
+    pairs = match_pairs(loaded)
+    assert {pair.case for pair in pairs} <= {case.id for case in loaded.validation_cases}
+    for pair in pairs:
+        valid = pair.mask > 0
+        assert pair.frame.letters == (("I", "S"), ("P", "A"), ("L", "R"))
+        assert pair.error[valid].mean() > 0
+        # Appearance aside, the moving view warped by the true field is the fixed view.
+        assert np.corrcoef(pair.warped_true[valid], pair.fixed[valid])[0, 1] > 0.8
+
+
+def test_what_is_missing_is_said_and_the_rest_is_there(run: Path, tiny_store: Path, tmp_path: Path) -> None:
+    bare = make_run(tmp_path / "bare", tiny_store, trained=False)
+    text = "".join(read_page(write_report([bare], tmp_path / "bare.html")).words)
+    assert "holds no checkpoint yet" in text
+    assert "No step is in log.jsonl yet" in text
+    assert "No fine-tuning yet" in text
+    assert "cover-tiny" in text
+
+
+def test_a_store_that_is_gone_leaves_the_curves(tiny_store: Path, tmp_path: Path) -> None:
+    lost = make_run(tmp_path / "lost", tiny_store)
+    config = (lost / "config.yaml").read_text().replace(str(tiny_store), str(tmp_path / "nowhere"))
+    (lost / "config.yaml").write_text(config)
+    reader = read_page(write_report([lost], tmp_path / "lost.html"))
+    assert "is not a store" in "".join(reader.words)
+    assert reader.pictures == 2
+
+
+def test_two_runs_share_a_page(run: Path, tiny_store: Path, tmp_path: Path) -> None:
+    second = make_run(tmp_path / "second", tiny_store, trained=False)
+    third = make_run(tmp_path / "third", tiny_store, trained=False)
+    text = "".join(read_page(write_report([second, third], tmp_path / "both.html")).words)
+    assert "second: Curves" in text
+    assert "third: Curves" in text
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run"):
+        write_report([tmp_path], tmp_path / "report.html")
+    with pytest.raises(UserError, match="no run given"):
+        write_report([], tmp_path / "report.html")
+
+
+def test_log_leaves_out_the_line_that_a_kill_cut_off(run: Path) -> None:
+    training, validation = read_log(run)
+    assert [line["step"] for line in training] == [1, 2, 3]
+    assert [line["step"] for line in validation] == [0, 3]
+
+
+def test_letters_follow_the_affine() -> None:
+    frame = frame_of(RAS, (4.0, 3.0, 2.0))
+    assert frame.letters == (("I", "S"), ("P", "A"), ("L", "R"))
+    assert [plane.name for plane in planes_through((1, 2, 3), frame)] == ["axial", "coronal", "sagittal"]
+    turned = frame_of(((-2.0, 0.0, 0.0, 0.0), (0.0, 0.0, 3.0, 0.0), (0.0, -4.0, 0.0, 0.0), RAS[3]), (2.0, 4.0, 3.0))
+    assert turned.letters == (("R", "L"), ("S", "I"), ("P", "A"))
+    assert [plane.name for plane in planes_through((1, 2, 3), turned)] == ["sagittal", "axial", "coronal"]
+
+
+def test_planes_cut_where_they_say() -> None:
+    volume = np.arange(2 * 3 * 4).reshape(2, 3, 4)
+    axial, coronal, sagittal = planes_through((1, 2, 3), frame_of(RAS, (4.0, 3.0, 2.0)))
+    assert np.array_equal(axial.cut(volume), volume[1])
+    assert np.array_equal(coronal.cut(volume), volume[:, 2])
+    assert np.array_equal(sagittal.cut(volume), volume[:, :, 3])
+    slice_frame = frame_of(RAS, (4.0, 3.0, 2.0), dimensions=2)
+    assert slice_frame.spacing_mm == (3.0, 2.0)
+    [only] = planes_through((0, 0), slice_frame)
+    assert np.array_equal(only.cut(volume[0]), volume[0])
+
+
+def test_equal_features_have_equal_colours() -> None:
+    generator = np.random.default_rng(0)
+    image = generator.standard_normal((6, 6, 6)).astype(np.float32)
+    features = generator.standard_normal((5, 6, 6, 6)).astype(np.float32) * np.arange(5, 0, -1).reshape(-1, 1, 1, 1)
+    frame = frame_of(RAS, (1.0, 1.0, 1.0))
+    maps = [FeatureMap("a", frame, image, features), FeatureMap("b", frame, image[::-1], features[:, ::-1])]
+    colours, shares = principal_colours(maps)
+    assert np.allclose(colours[0], colours[1][::-1])
+    assert colours[0].min() >= 0
+    assert colours[0].max() <= 1
+    assert shares == sorted(shares, reverse=True)
+    negated, _ = principal_colours([FeatureMap("a", frame, image, -features)])
+    again, _ = principal_colours(maps[:1])
+    assert np.array_equal(again[0], colours[0])
+    assert negated[0].shape == (6, 6, 6, 3)
