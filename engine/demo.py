@@ -48,7 +48,7 @@ class DemoSettings:
     held_aside: int = 4  # for validation of pretraining and for the test of fine-tuning
     spacing_mm: float = 4.0
     recipe: str = "cover-tiny"
-    pretrain_steps: int = 240
+    pretrain_steps: int = 320
     pretrain_words: tuple[str, ...] = ("views.crop=[32,40,32]", "validation.every=40")
     labels: int = 2
     finetune_seeds: int = 2

@@ -31,7 +31,7 @@ LARGEST_SIDE_VOXELS = 96  # of what is looked at in one piece; a larger volume i
 
 
 def read_log(run: Path) -> tuple[list[Line], list[Line]]:
-    """The lines of RUN/log.jsonl and of RUN/validation.jsonl, without a line that was cut off; none where no file is."""
+    """The lines of RUN/log.jsonl and RUN/validation.jsonl, without any that was cut off; none where no file is."""
     return _read_lines(run / "log.jsonl"), _read_lines(run / "validation.jsonl")
 
 
