@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import locale
 import math
 import os
 import time
@@ -86,6 +87,7 @@ def prepare(
     if not os.access(raw, os.R_OK | os.X_OK) or not raw.is_dir():
         raise UserError(f"{raw} is not a folder that can be read: give the folder that holds the images")
     preparation = Preparation(raw, target, settings, count, progress)
+    spoken = locale.setlocale(locale.LC_ALL)
     try:
         with _claimed(target, settings):
             try:
@@ -95,6 +97,9 @@ def prepare(
     except StoreWriteError as error:
         kept = f"{len(preparation.known)} volumes are in the store and stay"
         raise UserError(f"cannot write to the store: {error.detail}; {kept}: {_remedy(error.number)}") from error
+    finally:
+        # GDCM leaves the C locale behind after some damaged files, and with it ASCII for whatever opens a text next.
+        locale.setlocale(locale.LC_ALL, spoken)
     done = preparation
     modalities = [(kind, sum(case.modality == kind for case in done.cases)) for kind in ("ct", "mr")]
     return PrepareSummary(

@@ -169,7 +169,7 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path, write: Callable, run: C
 def test_interrupt_ends_the_workers_and_keeps_what_is_done(
     tmp_path: Path, write: Callable, run: Callable, values: Callable
 ) -> None:
-    for number in range(12):
+    for number in range(40):  # so many that some are left, however long the interrupt takes to arrive
         write(tmp_path / f"raw/{number}.nii.gz", values(number, (70, 70, 70)), (1.0, 1.0, 1.0))
     process = _start(tmp_path / "raw", tmp_path / "store")
     journal = tmp_path / "store/journal.jsonl"
