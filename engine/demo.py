@@ -303,8 +303,11 @@ def _run_module(module: str, words: Sequence[str]) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if code < 0 or code > 128:
-        raise SystemExit(128 - code if code < 0 else code)
+    if code < 0:  # it had no time to say so itself
+        print(f"{module}: ended by {signal.Signals(-code).name}; the same command continues", file=sys.stderr)
+        raise SystemExit(128 - code)
+    if code > 128:
+        raise SystemExit(code)
     if code:
         raise UserError(
             f"{module}: ended with code {code}; its message is above. The same command continues, --fresh starts anew"
