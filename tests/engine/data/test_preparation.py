@@ -53,7 +53,13 @@ def test_workers_that_cannot_start_are_reported_and_not_blamed_on_files(
 
 
 def _start(raw: Path, store: Path) -> subprocess.Popen[bytes]:
-    program = "import sys; from voxtrast.engine.data.prepare import prepare; prepare(*sys.argv[1:], workers=2)"
+    program = (
+        "import signal, sys\n"
+        # A test run in the background of a shell hands down an ignored SIGINT.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from voxtrast.engine.data.prepare import prepare\n"
+        "prepare(*sys.argv[1:], workers=2)\n"
+    )
     return subprocess.Popen([sys.executable, "-c", program, str(raw), str(store)], stderr=subprocess.DEVNULL)
 
 
@@ -169,7 +175,7 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path, write: Callable, run: C
 def test_interrupt_ends_the_workers_and_keeps_what_is_done(
     tmp_path: Path, write: Callable, run: Callable, values: Callable
 ) -> None:
-    for number in range(40):  # so many that some are left, however long the interrupt takes to arrive
+    for number in range(12):
         write(tmp_path / f"raw/{number}.nii.gz", values(number, (70, 70, 70)), (1.0, 1.0, 1.0))
     process = _start(tmp_path / "raw", tmp_path / "store")
     journal = tmp_path / "store/journal.jsonl"
