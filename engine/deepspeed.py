@@ -65,6 +65,27 @@ class Ranks:
         if self.sum(torch.tensor(float(error is not None))).item() > 0:
             raise error or UserError("stopped, because the first rank could not go on")
 
+    def check_equal(self, module: nn.Module) -> None:
+        """Refuses to go on where the ranks hold different parameters or buffers; to the last bit, and collective.
+
+        They should never differ. A faulty machine, or an operator that is not the same everywhere, makes them drift
+        apart without a word, and what is then saved is the first rank's alone.
+        """
+        if self.size == 1:
+            return
+        state = module.state_dict()
+        sums = torch.stack([t.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64) for t in state.values()])
+        first = sums.to(self.device, copy=True)
+        dist.broadcast(first, 0)
+        different = self.sum((sums.to(self.device) != first).double())
+        names = [name for name, ranks in zip(state, different.tolist(), strict=True) if ranks > 0]
+        if names:
+            raise UserError(
+                f"the ranks hold different parameters ({len(names)} of {len(state)} tensors, first {names[0]}); "
+                f"nothing was saved. Check the machines, then run the same command again: it continues from the last "
+                f"checkpoint"
+            )
+
 
 def start_processes(device: str) -> Ranks:
     """Joins the processes that a launcher started, or starts as the only one.

@@ -244,6 +244,7 @@ class Trainer:
                     self.average[name].lerp_(parameter.detach().float(), 1 - decay)
 
     def _save(self, step: int) -> None:
+        self.ranks.check_equal(self.method)
         optimizer = full_optimizer_state(self.engine)
 
         def write() -> None:

@@ -1,11 +1,5 @@
-"""Views as DALI makes them, against float64 evaluations of what the plan says."""
+"""Views as DALI makes them, against float64 evaluations of what the plan says: geometry, form and dealing."""
 
-import gc
-import itertools
-import threading
-import time
-import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,68 +7,25 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from view_samples import COVER, EPSILON, WIDE, assert_same, make_store, slots, take, varied_store
 
 from voxtrast.engine.data.pipeline import ViewPipeline, read_region, region_box
-from voxtrast.engine.data.planner import AppearancePlan, Plan
-from voxtrast.engine.data.store import Case, Store, write_array, write_index, write_settings
+from voxtrast.engine.data.planner import Plan
+from voxtrast.engine.data.store import Case, Store
 from voxtrast.engine.errors import UserError
 from voxtrast.kernels import warp
 from voxtrast.methods.views import AffineRanges, AppearanceRanges, View, ViewSpec
 
-EPSILON = 2.0**-24  # relative rounding of float32
-COVER = {"moving": View(appearance=AppearanceRanges()), "fixed": View(affine=AffineRanges(), displacement=True)}
-WIDE = AffineRanges(rotation_degrees=40, scale=[0.6, 1.6], shear_degrees=15, translation_voxels=8)
-
-
-def make_store(folder: Path, shapes: list[tuple[int, int, int]], dtype: str = "float16", seed: int = 0) -> Store:
-    """Volumes of white noise: no interpolation goes unnoticed."""
-    for name in ("volumes", "labels"):
-        (folder / name).mkdir(parents=True)
-    generator = np.random.default_rng(seed)
-    cases = []
-    for index, shape in enumerate(shapes):
-        volume = (generator.standard_normal(shape) * 0.7 + 0.3).astype(dtype)
-        low, high = np.percentile(volume.astype(np.float64), [0.5, 99.5]).tolist()
-        intensity = {"background": float(volume.min()), "low": low, "high": high, "mean": 0.3, "std": 0.7}
-        name = f"case{index}"
-        sha256 = write_array(folder / "volumes" / f"{name}.npy", volume)
-        affine = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0))
-        cases.append(Case(name, shape, (1.0, 1.0, 1.0), affine, "mr", dtype, intensity, name, "", sha256))
-    write_settings(folder, {"format": 1})
-    write_index(folder, cases)
-    return Store(folder)
-
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return make_store(tmp_path_factory.mktemp("view") / "store", [(40, 36, 44), (30, 50, 34), (33, 34, 35)])
+    return varied_store(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def small_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Smaller than the crop of 24 on one axis, on two, on all three."""
     return make_store(tmp_path_factory.mktemp("view") / "small", [(19, 40, 40), (40, 17, 20), (13, 14, 15)])
-
-
-def take(store: Store, spec: ViewSpec, steps: int, **settings: Any) -> list[list[dict[str, Any]]]:
-    settings = {"seed": 7, "global_batch": 4, "threads": 1, **settings}
-    with ViewPipeline(store, store.cases, spec, **settings) as pipeline:
-        return list(itertools.islice(pipeline, steps))
-
-
-def slots(store: Store, spec: ViewSpec, steps: int, **settings: Any) -> Iterator[tuple[Plan, Case, dict[str, Any]]]:
-    """Each slot with its plan; tensors without their batch axis, as float64 arrays."""
-    settings = {"seed": 7, "global_batch": 4, **settings}
-    with ViewPipeline(store, store.cases, spec, threads=1, **settings) as pipeline:
-        for step, (batch,) in zip(range(steps), pipeline, strict=False):
-            for slot in range(settings["global_batch"]):
-                plan = pipeline.planner.plan(step, slot)
-                sample = {key: item[slot] for key, item in batch.items()}
-                numbers = {key: item.double().numpy() for key, item in sample.items() if key not in ("case", "origin")}
-                case = pipeline.planner.cases[plan.case_index]
-                assert sample["case"] == case.id
-                assert tuple(sample["origin"].tolist()) == plan.origin
-                yield plan, case, numbers
 
 
 def crop_of(store: Store, case: Case, plan: Plan, crop: tuple[int, ...]) -> np.ndarray:
@@ -230,13 +181,6 @@ def joined(runs: list[list[list[dict[str, Any]]]], step: int) -> dict[str, Any]:
     }
 
 
-def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
-    assert set(first) == set(second)
-    for key in first:
-        same = first[key] == second[key] if key == "case" else torch.equal(first[key], second[key])
-        assert same, key
-
-
 def test_the_global_batch_is_the_same_however_it_is_dealt(store: Store) -> None:
     spec = ViewSpec((20, 18, 22), COVER)
     whole = take(store, spec, 3)
@@ -299,178 +243,6 @@ def test_only_the_region_that_is_looked_at_is_read(tmp_path: Path) -> None:
         region = read_region(store, case, box, 0, np.dtype(np.float16))
         assert region.shape == box.shape
         assert region.nbytes < 0.1 * store.volume(case).nbytes
-
-
-def appearance(**ranges: Any) -> dict[str, View]:
-    """Only what is named; the rest of the appearance is off."""
-    off = {"noise_std": [0, 0], "blur_sigma_voxels": [0, 0], "contrast": [1, 1], "brightness_std": 0, "boxes": 0}
-    return {"plain": View(), "x": View(appearance=AppearanceRanges(**{**off, **ranges}))}
-
-
-def drawn(plan: Plan) -> AppearancePlan:
-    found = plan.views["x"].appearance
-    assert found is not None
-    return found
-
-
-def span(case: Case) -> float:
-    return case.intensity["high"] - case.intensity["low"]
-
-
-def test_an_appearance_of_nothing_changes_nothing(store: Store) -> None:
-    for _, _, sample in slots(store, ViewSpec((16, 16, 16), appearance()), 1):
-        np.testing.assert_array_equal(sample["x"], sample["plain"])
-
-
-def test_noise_is_gaussian_with_the_planned_amplitude(store: Store) -> None:
-    for plan, case, sample in slots(store, ViewSpec((24, 24, 24), appearance(noise_std=[0.01, 0.05])), 2):
-        noise = (sample["x"] - sample["plain"]) / span(case)
-        count, std = noise.size, drawn(plan).noise_std
-        assert abs(noise.mean()) < 5 * std / count**0.5
-        assert abs(noise.std() - std) < 5 * std / (2 * count) ** 0.5
-        assert abs((noise**4).mean() / std**4 - 3) < 5 * (96 / count) ** 0.5
-        neighbours = (noise[..., 1:] * noise[..., :-1]).mean() / std**2
-        assert abs(neighbours) < 5 / count**0.5
-
-
-def test_contrast_is_about_the_mean_and_brightness_is_added(store: Store) -> None:
-    for plan, case, sample in slots(
-        store, ViewSpec((24, 24, 24), appearance(contrast=[0.5, 1.5], brightness_std=0.1)), 2
-    ):
-        plain, planned = sample["plain"], drawn(plan)
-        expected = plain.mean() + planned.contrast * (plain - plain.mean()) + planned.brightness * span(case)
-        # The mean of 13824 values, summed in float32, and four more operations on values below 5.
-        np.testing.assert_allclose(sample["x"], expected, rtol=0, atol=(4 + 14) * EPSILON * 5)
-
-
-@pytest.mark.parametrize("crop", [(24, 24, 24), (24, 24)])
-def test_blur_is_a_gaussian_of_the_planned_width(store: Store, crop: tuple[int, ...]) -> None:
-    for plan, _, sample in slots(store, ViewSpec(crop, appearance(blur_sigma_voxels=[0.0, 1.5])), 2):
-        sigma = drawn(plan).blur_sigma_voxels
-        radius = int(np.ceil(3 * sigma))
-        expected = ndimage.gaussian_filter(sample["plain"][0], sigma, mode="mirror", radius=radius)
-        np.testing.assert_allclose(sample["x"][0], expected, rtol=0, atol=16 * len(crop) * EPSILON * 5)
-
-
-def test_a_blur_of_no_width_is_the_identity(store: Store) -> None:
-    for _, _, sample in slots(store, ViewSpec((16, 16, 16), appearance(blur_sigma_voxels=[0.0, 1e-6])), 1):
-        np.testing.assert_array_equal(sample["x"], sample["plain"])
-
-
-@pytest.mark.parametrize("crop", [(24, 24, 24), (24, 24)])
-def test_boxes_hold_uniform_noise_and_leave_the_rest_alone(store: Store, crop: tuple[int, ...]) -> None:
-    fills = []
-    for plan, case, sample in slots(store, ViewSpec(crop, appearance(boxes=10, box_side=[0.2, 0.3])), 4):
-        boxes = np.zeros(crop, bool)
-        for start, size in zip(drawn(plan).box_start, drawn(plan).box_size, strict=True):
-            boxes[tuple(slice(first, first + side) for first, side in zip(start, size, strict=True))] = True
-        np.testing.assert_array_equal(sample["x"][0][~boxes], sample["plain"][0][~boxes])
-        fills.append((sample["x"][0][boxes] - case.intensity["low"]) / span(case))
-        assert boxes.mean() < 10 * 0.3 ** len(crop)
-    fill = np.concatenate(fills)
-    assert -1e-6 <= fill.min() < 0.02
-    assert 0.98 < fill.max() <= 1 + 1e-6
-    assert abs(fill.mean() - 0.5) < 5 / (12 * fill.size) ** 0.5
-    assert abs(fill.std() - 12**-0.5) < 5 * 0.13 / fill.size**0.5
-
-
-def test_everything_together_follows_the_order_of_cover(store: Store) -> None:
-    """Noise, blur, contrast, brightness, boxes: evaluated in float64 from the same draws."""
-    crop = (20, 20, 20)
-    ranges = AppearanceRanges(noise_std=[0.05, 0.1], blur_sigma_voxels=[0.3, 0.8])
-    spec = ViewSpec(crop, {"plain": View(), "x": View(appearance=ranges)})
-    with ViewPipeline(store, store.cases, spec, seed=7, global_batch=4) as pipeline:
-        planner = pipeline.planner
-    for plan, case, sample in slots(store, spec, 2):
-        planned = drawn(plan)
-        noise = planner.generator("train", plan.step, plan.slot, "noise x").standard_normal((*crop, 1), np.float32)
-        image = sample["plain"][0] + planned.noise_std * span(case) * noise[..., 0]
-        radius = int(np.ceil(3 * planned.blur_sigma_voxels))
-        image = ndimage.gaussian_filter(image, planned.blur_sigma_voxels, mode="mirror", radius=radius)
-        image = image.mean() + planned.contrast * (image - image.mean()) + planned.brightness * span(case)
-        inside = np.zeros(crop, bool)
-        for start, size in zip(planned.box_start, planned.box_size, strict=True):
-            inside[tuple(slice(first, first + side) for first, side in zip(start, size, strict=True))] = True
-        np.testing.assert_allclose(sample["x"][0][~inside], image[~inside], rtol=0, atol=100 * EPSILON * 5)
-
-
-def test_tensors_stay_what_they_were_while_later_steps_and_the_end_come(store: Store) -> None:
-    spec = ViewSpec((20, 20, 20), {**COVER, "plain": View()})
-    with ViewPipeline(store, store.cases, spec, seed=1, global_batch=2, threads=2) as pipeline:
-        held = list(itertools.islice(pipeline, 2))
-        copies = [[{k: v if k == "case" else v.clone() for k, v in batch.items()} for batch in step] for step in held]
-        for step in itertools.islice(pipeline, 10):
-            step[0]["plain"].fill_(-1)  # ours to write to
-    gc.collect()
-    for step, copy in zip(held, copies, strict=True):
-        assert_same(step[0], copy[0])
-
-
-def test_closing_releases_dali_and_the_readers(store: Store) -> None:
-    def readers() -> int:
-        return sum(thread.name.startswith("voxtrast-reader") for thread in threading.enumerate())
-
-    before = readers()
-    pipeline = ViewPipeline(store, store.cases, ViewSpec((16, 16, 16), COVER), seed=1, global_batch=2)
-    next(pipeline)
-    dali = weakref.ref(pipeline._pipeline)
-    pipeline.close()
-    pipeline.close()  # twice is once
-    gc.collect()
-    assert dali() is None
-    assert readers() == before
-    with pytest.raises(UserError, match="closed"):
-        next(pipeline)
-
-
-@pytest.mark.parametrize("steps", [0, 1, 3])
-def test_a_pipeline_that_is_dropped_without_closing_is_freed(store: Store, steps: int) -> None:
-    def readers() -> int:
-        return sum(thread.name.startswith("voxtrast-reader") for thread in threading.enumerate())
-
-    before = readers()
-    pipeline = ViewPipeline(store, store.cases, ViewSpec((16, 16, 16), COVER), seed=1, global_batch=2)
-    batches = list(itertools.islice(pipeline, steps))
-    expected = [batch["moving"].clone() for (batch,) in batches]
-    whole, dali = weakref.ref(pipeline), weakref.ref(pipeline._pipeline)
-    gc.disable()
-    try:
-        del pipeline
-        assert whole() is None, "at once, without a search for cycles"
-    finally:
-        gc.enable()
-    gc.collect()
-    assert dali() is None
-    until = time.monotonic() + 10
-    while readers() > before and time.monotonic() < until:
-        time.sleep(0.01)
-    assert readers() == before
-    assert all(torch.equal(batch["moving"], copy) for (batch,), copy in zip(batches, expected, strict=True))
-
-
-def test_what_dali_reads_lives_as_long_as_dali(store: Store) -> None:
-    pipeline = ViewPipeline(store, store.cases, ViewSpec((16, 16, 16), COVER), seed=1, global_batch=2, prefetch=2)
-    next(pipeline)
-    dali, sent = pipeline._pipeline, pipeline._sent
-    steps = len(sent)
-    pipeline.close()
-    assert steps >= 2
-    assert len(sent) == steps, "DALI is still there: nothing may be taken from under it"
-    gone = weakref.ref(sent)
-    del sent, dali
-    gc.collect()
-    assert gone() is None
-
-
-def test_a_volume_that_vanished_is_named(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store", [(20, 20, 20), (20, 20, 20)])
-    with ViewPipeline(store, store.cases, ViewSpec((16, 16, 16), COVER), seed=1, global_batch=2) as pipeline:
-        next(pipeline)
-        (store.path / "volumes" / "case1.npy").unlink()
-        with pytest.raises(UserError, match=r"case1\.npy.*prepare"):
-            list(itertools.islice(pipeline, 10))  # those prepared ahead still come
-        with pytest.raises(UserError, match="closed"):  # not the step after the missing one
-            next(pipeline)
 
 
 def test_cases_that_are_too_small_are_reported(store: Store) -> None:
