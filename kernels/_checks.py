@@ -57,6 +57,33 @@ def check_mask(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     check_device(name, tensor, like_name, like)
 
 
+def check_vectors(name: str, tensor: Tensor, like_name: str = "", like: Tensor | None = None) -> None:
+    """A set of vectors (..., N, C), not empty, with the leading dimensions and channels of `like`."""
+    check_floating(name, tensor)
+    if tensor.dim() < 2:
+        raise ValueError(f"{name}: expected (..., N, C), vectors along the last axis, got shape {tuple(tensor.shape)}")
+    if tensor.numel() == 0:
+        raise ValueError(f"{name}: is empty, shape {tuple(tensor.shape)}")
+    if like is None:
+        return
+    if tensor.shape[:-2] != like.shape[:-2] or tensor.shape[-1] != like.shape[-1]:
+        expected = ", ".join(map(str, (*like.shape[:-2], "N", like.shape[-1])))
+        raise ValueError(f"{name}: expected shape ({expected}) as {like_name} has, got {tuple(tensor.shape)}")
+    check_device(name, tensor, like_name, like)
+
+
+def check_weights(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Weights of the vectors of `like`: (..., N), floating or bool."""
+    if not isinstance(tensor, Tensor) or tensor.dtype is not torch.bool:
+        check_floating(name, tensor)
+    if tensor.shape != like.shape[:-1]:
+        raise ValueError(
+            f"{name}: expected shape {tuple(like.shape[:-1])}, one weight for each vector of {like_name}, "
+            f"got {tuple(tensor.shape)}"
+        )
+    check_device(name, tensor, like_name, like)
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")

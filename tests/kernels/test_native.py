@@ -64,7 +64,8 @@ def test_without_the_compiled_library_everything_works_and_one_warning_says_so()
 
 def test_the_compiled_library_is_in_use_here() -> None:
     assert _native.load_cpu()
-    for operator in ("warp", "warp_backward", "compose_displacement", "vector_regression_loss", "warped_cosine_loss"):
+    names = "warp warp_backward compose_displacement vector_regression_loss warped_cosine_loss pairwise_logsumexp"
+    for operator in (*names.split(), "pairwise_backward", "info_nce", "positional_info_nce", "softplus_sums"):
         assert _native.is_compiled(operator, torch.device("cpu"))
         assert not _native.is_compiled(operator, torch.device("mps"))
 

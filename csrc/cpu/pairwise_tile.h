@@ -1,0 +1,83 @@
+// What the compiled paths of the pairwise operators offer: packing, and the work on one tile of the matrix of
+// similarities, which never exists as a whole. One implementation (pairwise_tile.inl) is compiled once for each instruction
+// set; `kernels()` chooses among them when the library is first used.
+//
+// Exponentials are taken to base 2 with shifts that are whole numbers. The argument is then reduced in one fused
+// multiply-add, and 2^(scale * s - shift) is within 2e-7 relative of its true value for a given float32 s.
+#pragma once
+
+#include <stdint.h>
+
+namespace voxtrast {
+
+constexpr int64_t kNoDiagonal = INT64_MIN;
+// Largest tile; the matrix of a tile and its panels of vectors stay in the second-level cache.
+constexpr int64_t kTileRows = 128;
+constexpr int64_t kTileColumns = 256;
+// Floats from one row of a tile's matrix to the next; not a power of two, whose rows would share sets of the cache.
+constexpr int64_t kMatrixRow = kTileColumns + 16;
+
+// Everything on the scale of base 2: exponent = dot * scale - shift.
+struct Exponent {
+  float scale;      // rounded to float32 ...
+  float scale_low;  // ... and what that left over
+  float shift;      // a whole number
+};
+
+// A tile of similarities: `rows` queries against `columns` keys of `width` channels, zero-padded to whole vectors.
+struct Tile {
+  const float* query;   // (rows, width)
+  const float* key;     // (columns, width)
+  const float* packed;  // the same keys, (strips, width, strip)
+  int64_t rows, columns, width;
+  int64_t diagonal;  // the entry (i, i + diagonal) is excluded; kNoDiagonal for none
+};
+
+struct Kernels {
+  const char* name;
+  int64_t lanes;  // floats of a vector: `width` is a multiple of it
+  int64_t strip;  // keys of a packed strip
+
+  // packed (strips, width, strip), zeros where `columns` ends within a strip.
+  void (*pack)(const float* key, int64_t columns, int64_t width, float* packed);
+
+  // row_sum[i] += sum_j 2^exponent, and column_sum[j] += sum_i 2^exponent unless it is null.
+  void (*sum_exponentials)(const Tile&, const Exponent&, double* row_sum, double* column_sum);
+
+  // matrix (kTileRows, kMatrixRow) of 2^exponent (row_factor[i] + column_factor[j]); the excluded entry is 0.
+  void (*weigh_exponentials)(const Tile&, const Exponent&, const float* row_factor, const float* column_factor,
+                             float* matrix);
+
+  // matrix (kTileRows, kMatrixRow) of dot products; the excluded entry, and what lies beyond the last column, is `excluded`.
+  void (*similarities)(const Tile&, float excluded, float* matrix);
+
+  // The online form of sum_exponentials, from a matrix of similarities: for every row and, unless they are null, for
+  // every column the shift so far (a whole number, or -infinity) and the sum of 2^(exponent) with it.
+  void (*sum_online)(const Tile&, const Exponent&, const float* matrix, float* row_shift, double* row_sum,
+                     float* column_shift, double* column_sum);
+
+  // In place: matrix of similarities to 2^(exponent with row_shift[i]) row_factor[i] + the same for the columns. Rows or
+  // columns may be null. No exponent may be above 1.
+  void (*weigh_online)(const Tile&, const Exponent&, float* matrix, const float* row_shift, const float* row_factor,
+                       const float* column_shift, const float* column_factor);
+
+  // row_sum[i] += sum_j log(1 + 2^(exponent - fraction)), and the matrix of their derivatives
+  // row_factor[i] / (1 + 2^(fraction - exponent)).
+  void (*sum_softplus)(const Tile&, const Exponent&, float fraction, double* row_sum);
+  void (*weigh_sigmoids)(const Tile&, const Exponent&, float fraction, const float* row_factor, float* matrix);
+
+  // grad_query (rows, width) += matrix key;  grad_key (columns, width) += transposed matrix query.
+  // Either gradient may be null.
+  void (*multiply)(const Tile&, const float* matrix, float* grad_query, float* grad_key);
+};
+
+// The widest path that this processor has; the environment variable VOXTRAST_CPU (avx512, avx2 or portable) lowers it.
+const Kernels& kernels();
+
+extern const Kernels kPortableKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace voxtrast

@@ -1,0 +1,443 @@
+// The work on one tile, written with the vector types of GCC and Clang. Included by pairwise_tile_*.cpp, each of which sets
+//   VOXTRAST_LANES      floats of a vector
+//   VOXTRAST_ROWS       rows of a block of similarities: ROWS x 2 vectors of sums stay in registers
+//   VOXTRAST_OUT_ROWS, VOXTRAST_OUT_VECTORS    the same for the blocks of gradients
+// and the instruction set. Nothing of the standard library is used here: an inline function of it, compiled for AVX-512,
+// could be the copy that the linker keeps for everybody.
+
+namespace voxtrast {
+namespace {
+
+constexpr int kLanes = VOXTRAST_LANES;
+constexpr int kRows = VOXTRAST_ROWS;
+constexpr int kVectors = 2;
+constexpr int64_t kStrip = kVectors * kLanes;
+constexpr int kOutRows = VOXTRAST_OUT_ROWS;
+constexpr int kOutVectors = VOXTRAST_OUT_VECTORS;
+
+typedef float Vector __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
+typedef float Unaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef double Doubles __attribute__((vector_size(kLanes * 8), aligned(8), may_alias));
+
+#define VOXTRAST_INLINE inline __attribute__((always_inline))
+
+VOXTRAST_INLINE Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
+VOXTRAST_INLINE void store(float* to, Vector value) { *reinterpret_cast<Unaligned*>(to) = value; }
+VOXTRAST_INLINE Vector splat(float value) { return value - Vector{}; }
+
+VOXTRAST_INLINE float total(Vector value) {
+  float sum = 0.0f;
+  for (int lane = 0; lane < kLanes; ++lane) sum += value[lane];
+  return sum;
+}
+
+VOXTRAST_INLINE int64_t smaller(int64_t one, int64_t other) { return one < other ? one : other; }
+
+// sum[r][v] = sum over k of left(k, r) * right(k, v); left by elements, right by whole vectors.
+template <int R, int V>
+VOXTRAST_INLINE void multiply_block(const float* left, int64_t left_step, int64_t left_row, const float* right,
+                                    int64_t right_step, int64_t depth, Vector (&sum)[R][V]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[r][v] = Vector{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector columns[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) columns[v] = load(right + k * right_step + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vector row = splat(left[k * left_step + r * left_row]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[r][v] = row * columns[v] + sum[r][v];
+    }
+  }
+}
+
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+
+// 2^x for x = whole + fraction, |fraction| <= 1/2 (and a little). `magic` is kMagic + whole.
+VOXTRAST_INLINE Vector power(Vector magic, Vector fraction) {
+  // Minimax in relative error; 8e-8 with the coefficients and the sums in float32.
+  Vector p = splat(0.0001534581242594868f);
+  p = p * fraction + 0.0013399930903688073f;
+  p = p * fraction + 0.009618489071726799f;
+  p = p * fraction + 0.05550328642129898f;
+  p = p * fraction + 0.24022646248340607f;
+  p = p * fraction + 0.6931471824645996f;
+  p = p * fraction + 1.0f;
+  // The low bits of kMagic's pattern are zeros: what remains after the shift is `whole` at the place of the exponent.
+  // A product and not a sum of patterns: NaN stays NaN.
+  const Integers exponent = (reinterpret_cast<Integers>(magic) << 23) + 0x3f800000;
+  return p * reinterpret_cast<Vector>(exponent);
+}
+
+// 2^(dot * scale - shift), shift whole numbers; the result must be a normal number.
+VOXTRAST_INLINE Vector exponential(Vector dot, const Exponent& e, Vector shift) {
+  const Vector offset = kMagic - shift;
+  const Vector magic = dot * e.scale + offset;
+  const Vector whole = magic - offset;  // plus the shift: exact
+  const Vector fraction = dot * e.scale_low + (dot * e.scale - whole);
+  return power(magic, fraction);
+}
+
+// The same for any result below 2: 0 below 2^-126. NaN stays NaN.
+VOXTRAST_INLINE Vector exponential_or_zero(Vector dot, const Exponent& e, Vector shift) {
+  const Integers vanishes = dot * e.scale - shift < -126.0f;
+  return vanishes ? Vector{} : exponential(dot, e, shift);
+}
+
+// log(1 + v) for 0 <= v <= 1: 2 atanh(v / (2 + v)), to 4e-9 relative before rounding.
+VOXTRAST_INLINE Vector log_of_one_more(Vector v) {
+  const Vector z = v / (v + 2.0f), y = z * z;
+  Vector p = splat(0.1408732831478119f);
+  p = p * y + 0.1398070901632309f;
+  p = p * y + 0.20012426376342773f;
+  p = p * y + 0.3333315849304199f;
+  p = p * y + 1.0f;
+  return 2.0f * z * p;
+}
+
+// What becomes of a similarity before it is summed or weighed.
+struct Exponential {
+  const Exponent& exponent;
+  VOXTRAST_INLINE Vector operator()(Vector dot) const { return exponential(dot, exponent, splat(exponent.shift)); }
+};
+
+// Both functions of x = log(2) (dot * scale - shift) need exp(-|x|), which never overflows.
+struct Softplus {
+  const Exponent& exponent;
+  float fraction;  // the rest of the shift, whose whole part is exponent.shift
+  float up, up_low, down, down_low;  // 2^fraction and its inverse, each with what float32 leaves over of it
+
+  VOXTRAST_INLINE Vector decay(Vector dot, Integers positive) const {
+    const Vector side = positive ? splat(-1.0f) : splat(1.0f);
+    const Vector e = exponential_or_zero(side * dot, exponent, side * exponent.shift);
+    return e * (positive ? splat(up) : splat(down)) + e * (positive ? splat(up_low) : splat(down_low));
+  }
+  VOXTRAST_INLINE Vector operator()(Vector dot) const {
+    const Vector x = (dot * exponent.scale - exponent.shift) - fraction;
+    const Integers positive = x > 0.0f;
+    const Vector result = log_of_one_more(decay(dot, positive));
+    return positive ? x * 0.6931471805599453f + result : result;
+  }
+};
+
+struct Sigmoid {
+  Softplus softplus;
+  VOXTRAST_INLINE Vector operator()(Vector dot) const {
+    const Integers positive = dot * softplus.exponent.scale - softplus.exponent.shift > softplus.fraction;
+    const Vector v = softplus.decay(dot, positive);
+    return (positive ? splat(1.0f) : v) / (v + 1.0f);
+  }
+};
+
+// Calls work.run<R>() for a block of R rows, R <= kRows.
+template <int R, typename Work>
+VOXTRAST_INLINE void with_rows(int64_t rows, const Work& work) {
+  if (rows == R) {
+    work.template run<R>();
+  } else if constexpr (R > 1) {
+    with_rows<R - 1>(rows, work);
+  }
+}
+
+// The similarities of a block of R queries and a strip of keys.
+template <int R>
+VOXTRAST_INLINE void similarities(const Tile& tile, int64_t row, int64_t column, Vector (&dot)[R][kVectors]) {
+  multiply_block<R, kVectors>(tile.query + row * tile.width, 1, tile.width, tile.packed + column * tile.width, kStrip,
+                              tile.width, dot);
+}
+
+// Whether the diagonal passes through a block.
+VOXTRAST_INLINE bool on_diagonal(const Tile& tile, int64_t row, int64_t rows, int64_t column) {
+  if (tile.diagonal == kNoDiagonal) return false;
+  const int64_t first = row + tile.diagonal, last = first + rows - 1;
+  return last >= column && first < column + kStrip;
+}
+
+void pack(const float* key, int64_t columns, int64_t width, float* packed) {
+  for (int64_t first = 0; first < columns; first += kStrip) {
+    const int64_t count = smaller(kStrip, columns - first);
+    for (int64_t channel = 0; channel < width; ++channel) {
+      float* to = packed + first * width + channel * kStrip;
+      for (int64_t n = 0; n < count; ++n) to[n] = key[(first + n) * width + channel];
+      for (int64_t n = count; n < kStrip; ++n) to[n] = 0.0f;
+    }
+  }
+}
+
+template <typename Function>
+struct SumBlock {
+  const Tile& tile;
+  const Function& function;
+  int64_t row, column;
+  float* row_lanes;                 // (rows, kLanes) sums so far
+  Vector (&column_lanes)[kVectors];
+
+  template <int R>
+  VOXTRAST_INLINE void run() const {
+    Vector e[R][kVectors];
+    similarities<R>(tile, row, column, e);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) e[r][v] = function(e[r][v]);
+    const int64_t columns = smaller(kStrip, tile.columns - column);
+    if (columns < kStrip || on_diagonal(tile, row, R, column)) {
+      float entries[R][kStrip];
+      for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < kVectors; ++v) store(entries[r] + v * kLanes, e[r][v]);
+        for (int64_t n = columns; n < kStrip; ++n) entries[r][n] = 0.0f;
+        if (tile.diagonal != kNoDiagonal) {
+          const int64_t own = row + r + tile.diagonal - column;
+          if (own >= 0 && own < kStrip) entries[r][own] = 0.0f;
+        }
+        for (int v = 0; v < kVectors; ++v) e[r][v] = load(entries[r] + v * kLanes);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      float* lanes = row_lanes + (row + r) * kLanes;
+      Vector sum = load(lanes);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        sum += e[r][v];
+        column_lanes[v] += e[r][v];
+      }
+      store(lanes, sum);
+    }
+  }
+};
+
+template <typename Function>
+VOXTRAST_INLINE void sum(const Tile& tile, const Function& function, double* row_sum, double* column_sum) {
+  alignas(64) float row_lanes[kTileRows * kLanes];
+  for (int64_t n = 0; n < tile.rows * kLanes; ++n) row_lanes[n] = 0.0f;
+  for (int64_t column = 0; column < tile.columns; column += kStrip) {
+    Vector column_lanes[kVectors] = {};
+    for (int64_t row = 0; row < tile.rows; row += kRows)
+      with_rows<kRows>(smaller(kRows, tile.rows - row),
+                       SumBlock<Function>{tile, function, row, column, row_lanes, column_lanes});
+    if (column_sum != nullptr)
+      for (int64_t n = 0; n < smaller(kStrip, tile.columns - column); ++n)
+        column_sum[column + n] += static_cast<double>(column_lanes[n / kLanes][n % kLanes]);
+  }
+  for (int64_t row = 0; row < tile.rows; ++row)
+    row_sum[row] += static_cast<double>(total(load(row_lanes + row * kLanes)));
+}
+
+void sum_exponentials(const Tile& tile, const Exponent& exponent, double* row_sum, double* column_sum) {
+  sum(tile, Exponential{exponent}, row_sum, column_sum);
+}
+
+Softplus softplus_of(const Exponent& exponent, float fraction) {
+  const double up = __builtin_exp2(fraction), down = 1.0 / up;
+  const float high = static_cast<float>(up), low = static_cast<float>(down);
+  return {exponent, fraction, high, static_cast<float>(up - high), low, static_cast<float>(down - low)};
+}
+
+void sum_softplus(const Tile& tile, const Exponent& exponent, float fraction, double* row_sum) {
+  sum(tile, softplus_of(exponent, fraction), row_sum, nullptr);
+}
+
+template <typename Function>
+struct WeighBlock {
+  const Tile& tile;
+  const Function& function;
+  int64_t row, column;
+  const float* row_factor;
+  const Vector (&column_factor)[kVectors];
+  float* matrix;
+
+  template <int R>
+  VOXTRAST_INLINE void run() const {
+    Vector e[R][kVectors];
+    similarities<R>(tile, row, column, e);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v)
+        store(matrix + (row + r) * kMatrixRow + column + v * kLanes,
+              function(e[r][v]) * (column_factor[v] + row_factor[row + r]));
+  }
+};
+
+void fill_diagonal(const Tile& tile, float* matrix, float value) {
+  if (tile.diagonal == kNoDiagonal) return;
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    const int64_t own = row + tile.diagonal;
+    if (own >= 0 && own < tile.columns) matrix[row * kMatrixRow + own] = value;
+  }
+}
+
+template <typename Function>
+VOXTRAST_INLINE void weigh(const Tile& tile, const Function& function, const float* row_factor,
+                           const float* column_factor, float* matrix) {
+  for (int64_t column = 0; column < tile.columns; column += kStrip) {
+    float padded[kStrip] = {};
+    for (int64_t n = 0; column_factor != nullptr && n < smaller(kStrip, tile.columns - column); ++n)
+      padded[n] = column_factor[column + n];
+    Vector factor[kVectors];
+    for (int v = 0; v < kVectors; ++v) factor[v] = load(padded + v * kLanes);
+    for (int64_t row = 0; row < tile.rows; row += kRows)
+      with_rows<kRows>(smaller(kRows, tile.rows - row),
+                       WeighBlock<Function>{tile, function, row, column, row_factor, factor, matrix});
+  }
+  fill_diagonal(tile, matrix, 0.0f);
+}
+
+void weigh_exponentials(const Tile& tile, const Exponent& exponent, const float* row_factor,
+                        const float* column_factor, float* matrix) {
+  weigh(tile, Exponential{exponent}, row_factor, column_factor, matrix);
+}
+
+void weigh_sigmoids(const Tile& tile, const Exponent& exponent, float fraction, const float* row_factor,
+                    float* matrix) {
+  weigh(tile, Sigmoid{softplus_of(exponent, fraction)}, row_factor, nullptr, matrix);
+}
+
+struct SimilarityBlock {
+  const Tile& tile;
+  int64_t row, column;
+  float* matrix;
+
+  template <int R>
+  VOXTRAST_INLINE void run() const {
+    Vector dot[R][kVectors];
+    similarities<R>(tile, row, column, dot);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) store(matrix + (row + r) * kMatrixRow + column + v * kLanes, dot[r][v]);
+  }
+};
+
+void similarities(const Tile& tile, float excluded, float* matrix) {
+  for (int64_t column = 0; column < tile.columns; column += kStrip)
+    for (int64_t row = 0; row < tile.rows; row += kRows)
+      with_rows<kRows>(smaller(kRows, tile.rows - row), SimilarityBlock{tile, row, column, matrix});
+  fill_diagonal(tile, matrix, excluded);
+  // What lies beyond the last column takes part in no sum.
+  for (int64_t row = 0; row < tile.rows; ++row)
+    for (int64_t column = tile.columns; column % kStrip != 0; ++column) matrix[row * kMatrixRow + column] = excluded;
+}
+
+// The larger one; NaN where one of them is.
+VOXTRAST_INLINE Vector larger(Vector one, Vector other) { return (one < other) | (other != other) ? other : one; }
+
+void sum_online(const Tile& tile, const Exponent& exponent, const float* matrix, float* row_shift, double* row_sum,
+                float* column_shift, double* column_sum) {
+  const float lowest = -__builtin_inff();
+  const int64_t padded = (tile.columns + kLanes - 1) / kLanes * kLanes;
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    const float* entries = matrix + row * kMatrixRow;
+    Vector most = splat(lowest);
+    for (int64_t column = 0; column < padded; column += kLanes)
+      most = larger(most, load(entries + column) * exponent.scale);
+    float shift = row_shift[row];
+    for (int lane = 0; lane < kLanes; ++lane)
+      if (shift == shift && !(most[lane] <= shift)) shift = __builtin_ceilf(most[lane]);
+    if (shift == lowest) continue;  // nothing but excluded entries so far
+    Vector sum = {};
+    for (int64_t column = 0; column < padded; column += kLanes)
+      sum += exponential_or_zero(load(entries + column), exponent, splat(shift));
+    row_sum[row] = row_sum[row] * __builtin_exp2(static_cast<double>(row_shift[row]) - shift) + total(sum);
+    row_shift[row] = shift;
+  }
+  if (column_sum == nullptr) return;
+  for (int64_t column = 0; column < tile.columns; column += kLanes) {
+    const int64_t columns = smaller(kLanes, tile.columns - column);
+    Vector most = splat(lowest);
+    for (int64_t row = 0; row < tile.rows; ++row)
+      most = larger(most, load(matrix + row * kMatrixRow + column) * exponent.scale);
+    Vector shift = {};
+    for (int64_t n = 0; n < columns; ++n) {
+      const float before = column_shift[column + n];
+      const float after = before == before && !(most[n] <= before) ? __builtin_ceilf(most[n]) : before;
+      column_sum[column + n] *= after == before ? 1.0 : __builtin_exp2(static_cast<double>(before) - after);
+      column_shift[column + n] = after;
+      shift[n] = after == lowest ? 0.0f : after;
+    }
+    Vector sum = {};
+    for (int64_t row = 0; row < tile.rows; ++row)
+      sum += exponential_or_zero(load(matrix + row * kMatrixRow + column), exponent, shift);
+    for (int64_t n = 0; n < columns; ++n) column_sum[column + n] += static_cast<double>(sum[n]);
+  }
+}
+
+void weigh_online(const Tile& tile, const Exponent& exponent, float* matrix, const float* row_shift,
+                  const float* row_factor, const float* column_shift, const float* column_factor) {
+  for (int64_t column = 0; column < tile.columns; column += kLanes) {
+    const int64_t columns = smaller(kLanes, tile.columns - column);
+    Vector shift = {}, factor = {};
+    for (int64_t n = 0; column_shift != nullptr && n < columns; ++n) {
+      shift[n] = column_shift[column + n];
+      factor[n] = column_factor[column + n];
+    }
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      float* entries = matrix + row * kMatrixRow + column;
+      const Vector dot = load(entries);
+      Vector weight = {};
+      if (row_shift != nullptr) weight += exponential_or_zero(dot, exponent, splat(row_shift[row])) * row_factor[row];
+      if (column_shift != nullptr) weight += exponential_or_zero(dot, exponent, shift) * factor;
+      store(entries, weight);
+    }
+  }
+}
+
+// out (R rows of out_row floats, V vectors) += sum over k of left(k, r) * right(k, v).
+template <int V>
+struct AddProduct {
+  const float *left, *right;
+  int64_t left_step, left_row, right_step, depth;
+  float* out;
+  int64_t out_row;
+
+  template <int R>
+  VOXTRAST_INLINE void run() const {
+    Vector sum[R][V];
+    multiply_block<R, V>(left, left_step, left_row, right, right_step, depth, sum);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        float* to = out + r * out_row + v * kLanes;
+        store(to, load(to) + sum[r][v]);
+      }
+  }
+};
+
+// out (rows, width) += left (by elements) times right (depth, width)
+template <int V>
+VOXTRAST_INLINE void add_columns(const float* left, int64_t left_step, int64_t left_row, const float* right,
+                                 int64_t depth, int64_t width, int64_t channel, int64_t rows, float* out) {
+  for (int64_t row = 0; row < rows; row += kOutRows)
+    with_rows<kOutRows>(smaller(kOutRows, rows - row),
+                        AddProduct<V>{left + row * left_row, right + channel, left_step, left_row, width, depth,
+                                      out + row * width + channel, width});
+}
+
+void add_product(const float* left, int64_t left_step, int64_t left_row, const float* right, int64_t depth,
+                 int64_t width, int64_t rows, float* out) {
+  int64_t channel = 0;
+  for (; channel + kOutVectors * kLanes <= width; channel += kOutVectors * kLanes)
+    add_columns<kOutVectors>(left, left_step, left_row, right, depth, width, channel, rows, out);
+  for (; channel < width; channel += kLanes)
+    add_columns<1>(left, left_step, left_row, right, depth, width, channel, rows, out);
+}
+
+void multiply(const Tile& tile, const float* matrix, float* grad_query, float* grad_key) {
+  if (grad_query != nullptr)
+    add_product(matrix, 1, kMatrixRow, tile.key, tile.columns, tile.width, tile.rows, grad_query);
+  if (grad_key != nullptr)
+    add_product(matrix, kMatrixRow, 1, tile.query, tile.rows, tile.width, tile.columns, grad_key);
+}
+
+}  // namespace
+
+const Kernels VOXTRAST_KERNELS = {VOXTRAST_NAME, kLanes,       kStrip,     pack,         sum_exponentials,
+                                  weigh_exponentials, similarities, sum_online, weigh_online, sum_softplus, weigh_sigmoids, multiply};
+
+}  // namespace voxtrast
