@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ._checks import check_vectors, check_weights
-from .info_nce import check_reduction, reduce_losses, scale_of, unit_vectors
-from .pairwise_logsumexp import pairwise_logsumexp, pairwise_logsumexp_reference
+from ._registration import needs_functional_reference
+from .info_nce import check_reduction, reduce_losses, scale_of
+from .pairwise_logsumexp import as_problems, similarities, unit_vectors
 
 
 def bank_info_nce(
@@ -46,12 +47,16 @@ def bank_info_nce(
     """
     query, key, bank, shape = check_bank(query, key, bank, weights, reduction)
     scale = scale_of(temperature, query)
-    if normalize:
-        query, key, bank = unit_vectors(query), unit_vectors(key), unit_vectors(bank)
-    negative = pairwise_logsumexp(query, bank, scale=scale)
-    assert isinstance(negative, Tensor)
-    losses = functional.softplus(negative - paired_similarities(query, key, scale))
-    return reduce_losses(losses.reshape(shape), weights, reduction)
+    common = torch.promote_types(query.dtype, bank.dtype)
+    if needs_functional_reference() or torch.float64 in (common, scale.dtype):
+        negative = _negatives(query, bank, scale, normalize)
+    else:
+        problems = (as_problems(vectors.to(common)) for vectors in (query, bank))
+        options = (False, False, False, normalize)  # two sets, all pairs, rows alone
+        negative, _ = torch.ops.voxtrast.pairwise_logsumexp(*problems, scale, *options)
+    positive = paired_similarities(query, key, scale, normalize)
+    losses = functional.softplus(negative.reshape(shape) - positive.reshape(shape)).to(positive.dtype)
+    return reduce_losses(losses, weights, reduction)
 
 
 def bank_info_nce_reference(
@@ -66,12 +71,15 @@ def bank_info_nce_reference(
 ) -> Tensor:
     """The same in plain torch. Keeps the (..., N, K) matrix."""
     scale = scale_of(temperature, query)
-    if normalize:
-        query, key, bank = unit_vectors(query), unit_vectors(key), unit_vectors(bank)
-    negative = pairwise_logsumexp_reference(query, bank, scale=scale)
-    assert isinstance(negative, Tensor)
-    positive = paired_similarities(query, key, scale)
+    negative = _negatives(query, bank, scale, normalize)
+    positive = paired_similarities(query, key, scale, normalize)
     return reduce_losses(torch.logaddexp(negative, positive) - positive, weights, reduction)
+
+
+def _negatives(query: Tensor, bank: Tensor, scale: Tensor, normalize: bool) -> Tensor:
+    if normalize:
+        query, bank = unit_vectors(query), unit_vectors(bank)
+    return similarities(query, bank, scale).logsumexp(-1)
 
 
 def check_bank(
@@ -92,7 +100,9 @@ def check_bank(
     return query, key, bank, shape
 
 
-def paired_similarities(query: Tensor, key: Tensor, scale: Tensor) -> Tensor:
+def paired_similarities(query: Tensor, key: Tensor, scale: Tensor, normalize: bool) -> Tensor:
     """scale <q_i, k_i> in float32 at least: (..., N)."""
     working_type = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
+    if normalize:
+        query, key = unit_vectors(query), unit_vectors(key)
     return scale * (query.to(working_type) * key.to(working_type)).sum(-1)

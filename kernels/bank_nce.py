@@ -21,8 +21,8 @@ from ._registration import (
     register_operator,
 )
 from .bank_info_nce import check_bank, paired_similarities
-from .info_nce import reduce_losses, scale_of, unit_vectors
-from .pairwise_logsumexp import as_problems, grad_scale_of, similarities
+from .info_nce import reduce_losses, scale_of
+from .pairwise_logsumexp import as_problems, similarities, unit_vectors
 
 
 def bank_nce(
@@ -57,15 +57,13 @@ def bank_nce(
     """
     query, key, bank, shape = check_bank(query, key, bank, weights, reduction)
     scale, shift = scale_of(temperature, query), _shift(normalizer, query, bank.shape[-2])
-    if normalize:
-        query, key, bank = unit_vectors(query), unit_vectors(key), unit_vectors(bank)
     common = torch.promote_types(query.dtype, bank.dtype)
     if needs_functional_reference() or torch.float64 in (common, scale.dtype):
-        sums = _sums(query, bank, scale, shift)
+        sums = _sums(query, bank, scale, shift, normalize)
     else:
         problems = (as_problems(vectors.to(common)) for vectors in (query, bank))
-        sums = torch.ops.voxtrast.softplus_sums(*problems, scale, shift)
-    paired = paired_similarities(query, key, scale)
+        sums = torch.ops.voxtrast.softplus_sums(*problems, scale, shift, normalize)
+    paired = paired_similarities(query, key, scale, normalize)
     losses = (_softplus(shift - paired).reshape(shape) + sums.reshape(shape)).to(paired.dtype)
     return reduce_losses(losses, weights, reduction)
 
@@ -83,11 +81,8 @@ def bank_nce_reference(
 ) -> Tensor:
     """The same in plain torch. Keeps the (..., N, K) matrix."""
     scale, shift = scale_of(temperature, query), _shift(normalizer, query, bank.shape[-2])
-    if normalize:
-        query, key, bank = unit_vectors(query), unit_vectors(key), unit_vectors(bank)
-    similarity, paired = similarities(query, bank, scale), paired_similarities(query, key, scale)
-    shift = shift.to(similarity.dtype)
-    losses = _softplus(shift - paired) + _softplus(similarity - shift).sum(-1)
+    paired = paired_similarities(query, key, scale, normalize)
+    losses = _softplus(shift.to(paired.dtype) - paired) + _sums(query, bank, scale, shift, normalize, paired.dtype)
     return reduce_losses(losses, weights, reduction)
 
 
@@ -114,23 +109,34 @@ def _shift(normalizer: float | Tensor, query: Tensor, size: int) -> Tensor:
     return torch.full((1,), math.log(normalizer) + math.log(size), dtype=torch.float64, device=query.device)
 
 
-def _sums(query: Tensor, bank: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _sums(
+    query: Tensor,
+    bank: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    normalize: bool,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    if normalize:
+        query, bank = unit_vectors(query), unit_vectors(bank)
     similarity = similarities(query, bank, scale)
-    return _softplus(similarity - shift.to(similarity.dtype)).sum(-1, dtype=torch.float64)
+    return _softplus(similarity - shift.to(similarity.dtype)).sum(-1, dtype=dtype)
 
 
-def _fake(query: Tensor, bank: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _fake(query: Tensor, bank: Tensor, scale: Tensor, shift: Tensor, normalize: bool) -> Tensor:
     return scale.new_empty(query.shape[:2], dtype=torch.float64)
 
 
 def _fake_backward(
-    grad: Tensor, query: Tensor, bank: Tensor, scale: Tensor, shift: Tensor, need_bank: bool
-) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), bank.new_empty(bank.shape if need_bank else (0,))
+    grad: Tensor, query: Tensor, bank: Tensor, scale: Tensor, shift: Tensor, normalize: bool, need_bank: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = bank.shape if need_bank else (0,)
+    return query.new_empty(query.shape), bank.new_empty(shape), scale.new_empty((1,))
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.normalize = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -139,20 +145,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if needs_reference("softplus_sums_backward", grad.device):
 
         def sums(query: Tensor, bank: Tensor, scale: Tensor) -> Tensor:
-            return _sums(query, bank, scale, shift)
+            return _sums(query, bank, scale, shift, ctx.normalize)
 
-        return (*gradients_by_reference(sums, (query, bank, scale), needed, grad), None)
-    found = torch.ops.voxtrast.softplus_sums_backward(grad.float(), query, bank, scale, shift, needed[1])
-    return (
-        found[0] if needed[0] else None,
-        found[1] if needed[1] else None,
-        grad_scale_of(query, found[0], scale, same=False) if needed[2] else None,
-        None,
-    )
+        found = gradients_by_reference(sums, (query, bank, scale), needed, grad)
+    else:
+        found = torch.ops.voxtrast.softplus_sums_backward(
+            grad.float(), query, bank, scale, shift, ctx.normalize, needed[1]
+        )
+    return (*(gradient if need else None for gradient, need in zip(found, needed, strict=True)), None, None)
 
 
 register_operator(
-    "softplus_sums(Tensor query, Tensor bank, Tensor scale, Tensor shift) -> Tensor",
+    "softplus_sums(Tensor query, Tensor bank, Tensor scale, Tensor shift, bool normalize) -> Tensor",
     reference=_sums,
     fake=_fake,
     save=_save,
@@ -160,7 +164,7 @@ register_operator(
     float32_arguments=(2,),
 )
 register_backward(
-    "softplus_sums_backward(Tensor grad, Tensor query, Tensor bank, Tensor scale, Tensor shift, bool need_bank)"
-    " -> (Tensor, Tensor)",
+    "softplus_sums_backward(Tensor grad, Tensor query, Tensor bank, Tensor scale, Tensor shift, bool normalize,"
+    " bool need_bank) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
 )

@@ -24,10 +24,7 @@ from ._registration import (
     needs_reference,
     register_operator,
 )
-from .pairwise_logsumexp import absent, as_problems, grad_scale_of, similarities
-
-# Shorter vectors have no direction: normalised they are zeros, and get no gradient.
-MINIMUM_NORM = 1e-6
+from .pairwise_logsumexp import absent, as_problems, similarities, unit_vectors
 
 
 def info_nce(
@@ -77,16 +74,13 @@ def info_nce(
         check_weights("weights", weights, "query", query)
     check_reduction(reduction)
     scale = scale_of(temperature, query)
-    if normalize:
-        query, key = unit_vectors(query), unit_vectors(key)
-        negatives = None if negatives is None else unit_vectors(negatives)
     keys = key if negatives is None else torch.cat((key, negatives.to(key.dtype)), dim=-2)
     common = torch.promote_types(query.dtype, keys.dtype)
     if needs_functional_reference() or torch.float64 in (common, scale.dtype):
-        losses = _losses(query, keys, scale, 0, symmetric)[0]
+        losses = _losses(query, keys, scale, 0, symmetric, normalize)[0]
     else:
         problems = (as_problems(vectors.to(common)) for vectors in (query, keys))
-        losses, *_ = torch.ops.voxtrast.info_nce(*problems, scale, 0, symmetric)
+        losses, *_ = torch.ops.voxtrast.info_nce(*problems, scale, 0, symmetric, normalize)
     return reduce_losses(losses.reshape(query.shape[:-1]), weights, reduction)
 
 
@@ -102,21 +96,9 @@ def info_nce_reference(
     reduction: str = "mean",
 ) -> Tensor:
     """The same in plain torch. Keeps the (..., N, N + K) matrix."""
-    if normalize:
-        query, key = unit_vectors(query), unit_vectors(key)
-        negatives = None if negatives is None else unit_vectors(negatives)
     keys = key if negatives is None else torch.cat((key, negatives.to(key.dtype)), dim=-2)
-    losses = _losses(query, keys, scale_of(temperature, query), 0, symmetric)[0]
+    losses = _losses(query, keys, scale_of(temperature, query), 0, symmetric, normalize)[0]
     return reduce_losses(losses, weights, reduction)
-
-
-def unit_vectors(vectors: Tensor) -> Tensor:
-    """(..., C) of length one, of the same type; zeros, without gradient, where the length is below 1e-6."""
-    working = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-    squared = (working * working).sum(-1, keepdim=True)
-    directed = ~(squared < MINIMUM_NORM**2)  # asked this way round, NaN counts as a direction and shows in the loss
-    inverse = torch.where(directed, squared, 1).rsqrt()
-    return torch.where(directed, working * inverse, 0).to(vectors.dtype)
 
 
 def scale_of(temperature: float | Tensor, like: Tensor) -> Tensor:
@@ -159,9 +141,11 @@ def reduce_losses(losses: Tensor, weights: Tensor | None, reduction: str) -> Ten
 
 
 def _losses(
-    query: Tensor, key: Tensor, scale: Tensor, offset: int, symmetric: bool
+    query: Tensor, key: Tensor, scale: Tensor, offset: int, symmetric: bool, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses (..., N), log-sum-exps over the negatives (..., N) and (..., M), positive similarities (..., N)."""
+    if normalize:
+        query, key = unit_vectors(query), unit_vectors(key)
     similarity = similarities(query, key, scale)
     own = torch.arange(query.shape[-2], device=query.device)
     positive = similarity[..., own, own + offset]
@@ -178,7 +162,7 @@ def _losses(
 
 
 def _fake(
-    query: Tensor, key: Tensor, scale: Tensor, offset: int, symmetric: bool
+    query: Tensor, key: Tensor, scale: Tensor, offset: int, symmetric: bool, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = scale.new_empty((query.shape[0], query.shape[1]))
     row, positive = (loss.new_empty(loss.shape, dtype=torch.float64) for _ in range(2))
@@ -186,7 +170,7 @@ def _fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, scale, ctx.offset, ctx.symmetric = inputs
+    query, key, scale, ctx.offset, ctx.symmetric, ctx.normalize = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(query, key, scale, *output[1:])
 
@@ -197,9 +181,9 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, .
     if needs_reference("pairwise_backward", grad_loss.device):
 
         def losses(query: Tensor, key: Tensor, scale: Tensor) -> Tensor:
-            return _losses(query, key, scale, ctx.offset, ctx.symmetric)[0]
+            return _losses(query, key, scale, ctx.offset, ctx.symmetric, ctx.normalize)[0]
 
-        return (*gradients_by_reference(losses, (query, key, scale), needed, grad_loss), None, None)
+        return (*gradients_by_reference(losses, (query, key, scale), needed, grad_loss), *[None] * 3)
     grad_row = grad_loss.double() / (2 if ctx.symmetric else 1)
     grad_positive = grad_row * torch.sigmoid(row - positive)
     row_lse, column_lse, grad_column = torch.logaddexp(row, positive), column, absent(scale)
@@ -209,7 +193,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, .
         column_lse, grad_column = column.clone(), scale.new_zeros(column.shape)
         column_lse[:, own] = torch.logaddexp(column[:, own], positive)
         grad_column[:, own] = grad_row.float()
-    grad_query, grad_key = torch.ops.voxtrast.pairwise_backward(
+    grad_query, grad_key, grad_scale = torch.ops.voxtrast.pairwise_backward(
         query,
         key,
         scale,
@@ -221,19 +205,19 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, .
         ctx.offset,
         False,
         True,
+        ctx.normalize,
         needed[1],
     )
     return (
         grad_query if needed[0] else None,
         grad_key if needed[1] else None,
-        grad_scale_of(query, grad_query, scale, same=False) if needed[2] else None,
-        None,
-        None,
+        grad_scale if needed[2] else None,
+        *[None] * 3,
     )
 
 
 register_operator(
-    "info_nce(Tensor query, Tensor key, Tensor scale, int offset, bool symmetric)"
+    "info_nce(Tensor query, Tensor key, Tensor scale, int offset, bool symmetric, bool normalize)"
     " -> (Tensor loss, Tensor row_lse, Tensor column_lse, Tensor positive)",
     reference=_losses,
     fake=_fake,

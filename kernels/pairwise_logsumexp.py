@@ -64,7 +64,9 @@ def pairwise_logsumexp(
         )
     problems = as_problems(query.to(common))
     others = problems if same else as_problems(key.to(common))
-    row, column = torch.ops.voxtrast.pairwise_logsumexp(problems, others, factor, same, exclude_diagonal, columns)
+    row, column = torch.ops.voxtrast.pairwise_logsumexp(
+        problems, others, factor, same, exclude_diagonal, columns, False
+    )
     row = row.to(torch.float32).reshape(query.shape[:-1])
     return (row, column.to(torch.float32).reshape(key.shape[:-1])) if columns else row
 
@@ -123,16 +125,23 @@ def absent(like: Tensor) -> Tensor:
     return like.new_empty((0,))
 
 
-def grad_scale_of(query: Tensor, grad_query: Tensor, scale: Tensor, *, same: bool) -> Tensor:
-    """d loss / d scale from d loss / d query = scale sum_j G_ij k_j: every pair once more, without touching one."""
-    # Where a set meets itself, the gradient of the vectors holds every pair twice.
-    total = (query.to(torch.float32) * grad_query.to(torch.float32)).sum(dtype=torch.float64)
-    return (total / (scale.double() * (2 if same else 1))).to(scale.dtype)
+MINIMUM_NORM = 1e-6  # the same number stands in csrc/cpu/pairwise.cpp
+
+
+def unit_vectors(vectors: Tensor) -> Tensor:
+    """(..., C) of length one, float32 at least; zeros, without gradient, where the length is below 1e-6."""
+    working = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    squared = (working * working).sum(-1, keepdim=True)
+    directed = ~(squared < MINIMUM_NORM**2)  # asked this way round, NaN counts as a direction and shows in the loss
+    inverse = torch.where(directed, squared, 1).rsqrt()
+    return torch.where(directed, working * inverse, 0)
 
 
 def _reference(
-    query: Tensor, key: Tensor, scale: Tensor, same: bool, exclude_diagonal: bool, columns: bool
+    query: Tensor, key: Tensor, scale: Tensor, same: bool, exclude_diagonal: bool, columns: bool, normalize: bool
 ) -> tuple[Tensor, Tensor]:
+    if normalize:
+        query, key = unit_vectors(query), unit_vectors(key)
     found = pairwise_logsumexp_reference(query, key, scale=scale, exclude_diagonal=exclude_diagonal, columns=True)
     # float64: rounded to float32, they would limit the gradients where a softmax is nearly all on one pair.
     row, column = (each.to(torch.float64) for each in found)
@@ -140,7 +149,7 @@ def _reference(
 
 
 def _fake(
-    query: Tensor, key: Tensor, scale: Tensor, same: bool, exclude_diagonal: bool, columns: bool
+    query: Tensor, key: Tensor, scale: Tensor, same: bool, exclude_diagonal: bool, columns: bool, normalize: bool
 ) -> tuple[Tensor, Tensor]:
     row = scale.new_empty((query.shape[0], query.shape[1]), dtype=torch.float64)
     return row, row.new_empty((key.shape[0], key.shape[1] if columns else 0))
@@ -158,13 +167,15 @@ def _fake_backward(
     offset: int,
     same: bool,
     exclude: bool,
+    normalize: bool,
     need_key: bool,
-) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape if need_key and not same else (0,))
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = key.shape if need_key and not same else (0,)
+    return query.new_empty(query.shape), key.new_empty(shape), scale.new_empty((1,))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, scale, ctx.same, ctx.exclude_diagonal, ctx.columns = inputs
+    query, key, scale, ctx.same, ctx.exclude_diagonal, ctx.columns, ctx.normalize = inputs
     ctx.save_for_backward(query, key, scale, *output)
 
 
@@ -174,11 +185,12 @@ def _backward(ctx: Any, grad_row: Tensor, grad_column: Tensor) -> tuple[Tensor |
     if needs_reference("pairwise_backward", grad_row.device):
 
         def weighted(query: Tensor, key: Tensor, scale: Tensor) -> Tensor:
-            rows, of_columns = _reference(query, key, scale, ctx.same, ctx.exclude_diagonal, ctx.columns)
+            options = (ctx.same, ctx.exclude_diagonal, ctx.columns, ctx.normalize)
+            rows, of_columns = _reference(query, key, scale, *options)
             return (rows * grad_row).sum() + (of_columns * grad_column).sum()
 
-        return (*gradients_by_reference(weighted, (query, key, scale), needed, torch.ones_like(row[0, 0])), *[None] * 3)
-    found = torch.ops.voxtrast.pairwise_backward(
+        return (*gradients_by_reference(weighted, (query, key, scale), needed, torch.ones_like(row[0, 0])), *[None] * 4)
+    grad_query, grad_key, grad_scale = torch.ops.voxtrast.pairwise_backward(
         query,
         key,
         scale,
@@ -190,20 +202,20 @@ def _backward(ctx: Any, grad_row: Tensor, grad_column: Tensor) -> tuple[Tensor |
         0,
         ctx.same,
         ctx.exclude_diagonal,
+        ctx.normalize,
         needed[1],
     )
-    grad_query, grad_key = found
     return (
         grad_query if needed[0] else None,
         grad_key if needed[1] and not ctx.same else None,
-        grad_scale_of(query, grad_query, scale, same=ctx.same) if needed[2] else None,
-        *[None] * 3,
+        grad_scale if needed[2] else None,
+        *[None] * 4,
     )
 
 
 register_operator(
-    "pairwise_logsumexp(Tensor query, Tensor key, Tensor scale, bool same, bool exclude_diagonal, bool columns)"
-    " -> (Tensor row_lse, Tensor column_lse)",
+    "pairwise_logsumexp(Tensor query, Tensor key, Tensor scale, bool same, bool exclude_diagonal, bool columns,"
+    " bool normalize) -> (Tensor row_lse, Tensor column_lse)",
     reference=_reference,
     fake=_fake,
     save=_save,
@@ -212,7 +224,7 @@ register_operator(
 )
 register_backward(
     "pairwise_backward(Tensor query, Tensor key, Tensor scale, Tensor row_lse, Tensor grad_row, Tensor column_lse,"
-    " Tensor grad_column, Tensor grad_positive, int offset, bool same, bool exclude, bool need_key)"
-    " -> (Tensor, Tensor)",
+    " Tensor grad_column, Tensor grad_positive, int offset, bool same, bool exclude, bool normalize,"
+    " bool need_key) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
 )

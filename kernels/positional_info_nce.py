@@ -22,8 +22,8 @@ from ._registration import (
     register_backward,
     register_operator,
 )
-from .info_nce import check_reduction, reduce_losses, scale_of, unit_vectors
-from .pairwise_logsumexp import as_problems, grad_scale_of, similarities
+from .info_nce import check_reduction, reduce_losses, scale_of
+from .pairwise_logsumexp import as_problems, similarities, unit_vectors
 
 
 def positional_info_nce(
@@ -83,20 +83,15 @@ def positional_info_nce(
             normalize=normalize,
             reduction=reduction,
         )
-    # One order for all problems where they share their positions.
-    where = positions.detach().to(torch.float32)
+    # (P, N): one order for all problems where they share their positions, or one for each.
+    where = positions.detach().to(torch.float32).reshape(-1, features.shape[-2])
     order = where.argsort(dim=-1, stable=True)
-    ranges = _ranges(where.gather(-1, order), threshold)
-    first, last = (each.expand(features.shape[:-1]) for each in ranges)
-    back = order.argsort(dim=-1).expand(features.shape[:-1])
-    order = order.expand(features.shape[:-1])
-    chosen = unit_vectors(features) if normalize else features
-    by_position = as_problems(chosen.gather(-2, order[..., None].expand(features.shape)))
-    losses, _ = torch.ops.voxtrast.positional_info_nce(
-        by_position, first.reshape(by_position.shape[:2]), last.reshape(by_position.shape[:2]), scale
-    )
-    losses = losses.reshape(features.shape[:-1]).gather(-1, back)
-    return reduce_losses(losses, _share((last - first > 1).gather(-1, back), weights), reduction)
+    first, last = _ranges(where.gather(-1, order), threshold)
+    problems = as_problems(features)
+    losses, _ = torch.ops.voxtrast.positional_info_nce(problems, order, first, last, scale, normalize)
+    has_positives = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, last - first > 1)
+    share = _share(has_positives.expand(losses.shape).reshape(features.shape[:-1]), weights)
+    return reduce_losses(losses.reshape(features.shape[:-1]), share, reduction)
 
 
 def positional_info_nce_reference(
@@ -148,63 +143,77 @@ def _ranges(positions: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     return first, last + 1
 
 
-def _rows(features: Tensor, first: Tensor, last: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses of features that are sorted by position, and their log-sum-exps."""
+def _rows(
+    features: Tensor, order: Tensor, first: Tensor, last: Tensor, scale: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """The losses (B, N), and the log-sum-exps in the order of the positions."""
     count = features.shape[-2]
+    order = order.expand(features.shape[:2])
+    chosen = unit_vectors(features) if normalize else features
+    chosen = chosen.gather(1, order[..., None].expand(features.shape))
     index = torch.arange(count, device=features.device)
     own = torch.eye(count, dtype=torch.bool, device=features.device)
     near = (index >= first[..., None]) & (index < last[..., None]) & ~own
-    similarity = similarities(features, features, scale)
+    similarity = similarities(chosen, chosen, scale)
     lse = similarity.masked_fill(own, -torch.inf).logsumexp(-1)
     mean = torch.where(near, similarity, 0).sum(-1) / near.sum(-1).clamp(min=1)
-    return torch.where(last - first > 1, lse - mean, 0), lse.double()
+    losses = torch.where(last - first > 1, lse - mean, 0)
+    return torch.zeros_like(losses).scatter(1, order, losses), lse.double()
 
 
-def _fake(features: Tensor, first: Tensor, last: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _fake(
+    features: Tensor, order: Tensor, first: Tensor, last: Tensor, scale: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor]:
     shape = features.shape[:2]
     return scale.new_empty(shape), scale.new_empty(shape, dtype=torch.float64)
 
 
 def _fake_backward(
-    grad_loss: Tensor, features: Tensor, first: Tensor, last: Tensor, scale: Tensor, lse: Tensor
-) -> Tensor:
-    return features.new_empty(features.shape)
+    grad_loss: Tensor,
+    features: Tensor,
+    order: Tensor,
+    first: Tensor,
+    last: Tensor,
+    scale: Tensor,
+    lse: Tensor,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    return features.new_empty(features.shape), scale.new_empty((1,))
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.normalize = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.save_for_backward(*tensors, output[1])
 
 
 def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    features, first, last, scale, lse = ctx.saved_tensors
-    needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[3])
+    features, order, first, last, scale, lse = ctx.saved_tensors
+    needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[4])
     if needs_reference("positional_info_nce_backward", grad_loss.device):
 
         def losses(features: Tensor, scale: Tensor) -> Tensor:
-            return _rows(features, first, last, scale)[0]
+            return _rows(features, order, first, last, scale, ctx.normalize)[0]
 
-        grad_features, grad_scale = gradients_by_reference(losses, (features, scale), needed, grad_loss)
-        return grad_features, None, None, grad_scale
-    grad = torch.ops.voxtrast.positional_info_nce_backward(grad_loss, features, first, last, scale, lse)
-    return (
-        grad if needed[0] else None,
-        None,
-        None,
-        grad_scale_of(features, grad, scale, same=True) if needed[1] else None,
-    )
+        found = gradients_by_reference(losses, (features, scale), needed, grad_loss)
+    else:
+        found = torch.ops.voxtrast.positional_info_nce_backward(
+            grad_loss, features, order, first, last, scale, lse, ctx.normalize
+        )
+    return found[0] if needed[0] else None, None, None, None, found[1] if needed[1] else None, None
 
 
 register_operator(
-    "positional_info_nce(Tensor features, Tensor first, Tensor last, Tensor scale) -> (Tensor loss, Tensor lse)",
+    "positional_info_nce(Tensor features, Tensor order, Tensor first, Tensor last, Tensor scale, bool normalize)"
+    " -> (Tensor loss, Tensor lse)",
     reference=_rows,
     fake=_fake,
     save=_save,
     backward=_backward,
-    float32_arguments=(3,),
+    float32_arguments=(4,),
 )
 register_backward(
-    "positional_info_nce_backward(Tensor grad_loss, Tensor features, Tensor first, Tensor last, Tensor scale,"
-    " Tensor lse) -> Tensor",
+    "positional_info_nce_backward(Tensor grad_loss, Tensor features, Tensor order, Tensor first, Tensor last,"
+    " Tensor scale, Tensor lse, bool normalize) -> (Tensor, Tensor)",
     fake=_fake_backward,
 )

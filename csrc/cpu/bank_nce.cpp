@@ -15,26 +15,41 @@ namespace {
 
 using torch::stable::Tensor;
 
-Tensor softplus_sums(const Tensor& query_given, const Tensor& bank_given, const Tensor& scale, const Tensor& shift) {
+PairwiseOptions options_for(const Tensor& scale, bool normalize) {
+  PairwiseOptions options;
+  options.scale = *float_data(scale, 1, "scale");
+  options.normalize = normalize;
+  return options;
+}
+
+Tensor softplus_sums(const Tensor& query_given, const Tensor& bank_given, const Tensor& scale, const Tensor& shift,
+                     bool normalize) {
   const Tensor query = torch::stable::contiguous(query_given), bank = torch::stable::contiguous(bank_given);
-  const Pairwise pairs(query, bank, false, *float_data(scale, 1, "scale"), kNoDiagonal);
-  Tensor sums = new_doubles(scale, query.size(0), query.size(1));
-  pairs.softplus_sums(*double_data(shift, 1, "shift"), sums.mutable_data_ptr<double>());
+  const double by = *double_data(shift, 1, "shift");
+  const Pairwise pairs(query, bank, options_for(scale, normalize));
+  Tensor sums = new_doubles(scale, pairs.batch, pairs.rows);
+  double* found = sums.mutable_data_ptr<double>();
+  pairs.each_problem([&](Problem& problem) { problem.softplus_sums(by, found + problem.index * pairs.rows); });
   return sums;
 }
 
-std::tuple<Tensor, Tensor> softplus_sums_backward(const Tensor& grad_given, const Tensor& query_given,
-                                                  const Tensor& bank_given, const Tensor& scale, const Tensor& shift,
-                                                  bool need_bank) {
+// Gradients of query, bank and scale.
+std::tuple<Tensor, Tensor, Tensor> softplus_sums_backward(const Tensor& grad_given, const Tensor& query_given,
+                                                          const Tensor& bank_given, const Tensor& scale,
+                                                          const Tensor& shift, bool normalize, bool need_bank) {
   const Tensor query = torch::stable::contiguous(query_given), bank = torch::stable::contiguous(bank_given);
   const Tensor gradient = torch::stable::contiguous(grad_given);
-  const Pairwise pairs(query, bank, false, *float_data(scale, 1, "scale"), kNoDiagonal);
+  const double by = *double_data(shift, 1, "shift");
+  const Pairwise pairs(query, bank, options_for(scale, normalize));
+  const float* given = float_data(gradient, pairs.batch * pairs.rows, "gradient");
   Tensor grad_query = torch::stable::new_empty(query, query.sizes());
   Tensor grad_bank = need_bank ? torch::stable::new_empty(bank, bank.sizes()) : torch::stable::new_empty(bank, {0});
-  pairs.differentiate_softplus(*double_data(shift, 1, "shift"),
-                               float_data(gradient, query.size(0) * query.size(1), "gradient"), &grad_query,
-                               need_bank ? &grad_bank : nullptr);
-  return {grad_query, grad_bank};
+  std::vector<double> of_scale(pairs.batch);
+  pairs.each_problem([&](Problem& problem) {
+    problem.differentiate_softplus(by, given + problem.index * pairs.rows, need_bank);
+    of_scale[problem.index] = problem.write(grad_query, need_bank ? &grad_bank : nullptr);
+  });
+  return {grad_query, grad_bank, sum_to_scalar(of_scale, scale)};
 }
 
 }  // namespace

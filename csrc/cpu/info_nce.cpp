@@ -20,23 +20,34 @@ double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::
 
 // loss (B, N); log-sum-exps over the negatives alone (B, N) and, where symmetric, (B, M); similarity of the positives.
 std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query_given, const Tensor& key_given,
-                                                    const Tensor& scale, int64_t offset, bool symmetric) {
+                                                    const Tensor& scale, int64_t offset, bool symmetric,
+                                                    bool normalize) {
   const Tensor query = torch::stable::contiguous(query_given), key = torch::stable::contiguous(key_given);
-  const int64_t batch = query.size(0), rows = query.size(1), columns = key.size(1);
-  STD_TORCH_CHECK(offset >= 0 && offset + rows <= columns, "voxtrast: every query needs a key of its own");
-  const Pairwise pairs(query, key, false, *float_data(scale, 1, "scale"), offset);
-  Tensor row = new_doubles(scale, batch, rows), column = new_doubles(scale, batch, symmetric ? columns : 0);
-  Tensor positive = new_doubles(scale, batch, rows), loss = torch::stable::new_empty(scale, {batch, rows});
-  double *of_row = row.mutable_data_ptr<double>(), *paired = positive.mutable_data_ptr<double>();
-  double* of_column = symmetric ? column.mutable_data_ptr<double>() : nullptr;
-  pairs.log_sum_exponentials(of_row, of_column);
-  pairs.paired(offset, paired);
+  STD_TORCH_CHECK(offset >= 0 && offset + query.size(1) <= key.size(1),
+                  "voxtrast: every query needs a key of its own");
+  PairwiseOptions options;
+  options.scale = *float_data(scale, 1, "scale");
+  options.normalize = normalize;
+  options.excluded = offset;
+  const Pairwise pairs(query, key, options);
+  const int64_t rows = pairs.rows, columns = pairs.columns;
+  Tensor row = new_doubles(scale, pairs.batch, rows), column = new_doubles(scale, pairs.batch, symmetric ? columns : 0);
+  Tensor positive = new_doubles(scale, pairs.batch, rows);
+  Tensor loss = torch::stable::new_empty(scale, {pairs.batch, rows});
+  double *of_rows = row.mutable_data_ptr<double>(), *of_positives = positive.mutable_data_ptr<double>();
+  double* of_columns = symmetric ? column.mutable_data_ptr<double>() : nullptr;
   float* losses = loss.mutable_data_ptr<float>();
-  for (int64_t item = 0; item < batch * rows; ++item) {
-    const double forth = softplus(of_row[item] - paired[item]);
-    const int64_t own = item / rows * columns + item % rows + offset;
-    losses[item] = static_cast<float>(symmetric ? 0.5 * (forth + softplus(of_column[own] - paired[item])) : forth);
-  }
+  pairs.each_problem([&](Problem& problem) {
+    double *back = symmetric ? of_columns + problem.index * columns : nullptr, *forth = of_rows + problem.index * rows;
+    double* paired = of_positives + problem.index * rows;
+    problem.log_sum_exponentials(forth, back);
+    problem.paired(offset, paired);
+    for (int64_t n = 0; n < rows; ++n) {
+      const double one = softplus(forth[n] - paired[n]);
+      const double both = symmetric ? 0.5 * (one + softplus(back[n + offset] - paired[n])) : one;
+      losses[problem.index * rows + n] = static_cast<float>(both);
+    }
+  });
   return {loss, row, column, positive};
 }
 

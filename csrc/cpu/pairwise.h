@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -16,104 +17,171 @@
 
 namespace voxtrast {
 
-// What backward needs of one side: the log-sum-exps (B, count) and the gradients with respect to them.
-struct SideGradient {
-  const double* lse = nullptr;
-  const float* gradient = nullptr;  // null: all zero
-};
-
-// Positives, whose similarities are subtracted from the sums; null where there are none.
-struct Positives {
-  const float* gradient = nullptr;  // (B, N)
-  int64_t offset = 0;               // the positive of query i is key i + offset, unless ranges are given:
-  const int64_t *first = nullptr, *last = nullptr;  // (B, N) the positives of i are first .. last without i itself, and
-                                                    // to each of them i is a positive too; for a set with itself
-};
-
 // (first, second) float64 on the device of `like`.
 torch::stable::Tensor new_doubles(const torch::stable::Tensor& like, int64_t first, int64_t second);
+
+// The sum, (1,) float32.
+torch::stable::Tensor sum_to_scalar(const std::vector<double>& numbers, const torch::stable::Tensor& like);
 
 // Data of a contiguous tensor that must have that type and count of elements.
 const double* double_data(const torch::stable::Tensor& tensor, int64_t count, const char* name);
 const int64_t* whole_data(const torch::stable::Tensor& tensor, int64_t count, const char* name);
 
-class Pairwise {
+// Memory that is kept for the next problem and not cleared.
+template <typename T>
+class Buffer {
  public:
-  // query (B, N, C), key (B, M, C), float32, bfloat16 or float16, contiguous. Where `same`, key is query. The pairs
-  // (i, i + excluded) take no part; kNoDiagonal for none.
-  Pairwise(const torch::stable::Tensor& query, const torch::stable::Tensor& key, bool same, double scale,
-           int64_t excluded);
+  T* of(int64_t count) {
+    if (count > count_) {
+      data_.reset(new T[count]);
+      count_ = count;
+    }
+    return data_.get();
+  }
+  const T* get() const { return data_.get(); }
+
+ private:
+  std::unique_ptr<T[]> data_;
+  int64_t count_ = 0;
+};
+
+struct PairwiseOptions {
+  double scale = 1.0;
+  bool same = false;                 // the keys are the queries
+  bool normalize = false;            // to unit length; a vector without direction becomes zeros
+  int64_t excluded = kNoDiagonal;    // the pairs (i, i + excluded) take no part
+  const int64_t* order = nullptr;    // (orders, N): vector i is the one at order[i]; both sets alike
+  int64_t orders = 1;                // one for all problems, or one for each
+};
+
+// What backward needs of one side of a problem: the log-sum-exps and the gradients with respect to them.
+struct SideGradient {
+  const double* lse = nullptr;
+  const float* gradient = nullptr;  // null: all zero
+};
+
+// Positives of a problem, whose similarities are subtracted from the sums; null where there are none.
+struct Positives {
+  const float* gradient = nullptr;  // (N)
+  int64_t offset = 0;               // the positive of query i is key i + offset, unless ranges are given:
+  const int64_t* first = nullptr;   // (N) the positives of i are first .. last without i itself, and to each of them i
+  const int64_t* last = nullptr;    // is a positive too; for a set with itself
+};
+
+// One problem: its vectors in float32, padded with zeros to whole vector registers, normalised where asked for.
+class Problem {
+ public:
+  int64_t index = 0;  // in the batch
 
   // row_lse[i] = log sum_j exp(scale <q_i, k_j>) and, unless it is null, column_lse[j] = log sum_i of the same.
-  void log_sum_exponentials(double* row_lse, double* column_lse) const;
-
-  // Gradients of  sum_i row_i row_lse_i + sum_j column_j column_lse_j - sum over i and its positives j of positive_i s_ij.
-  // grad_query (B, N, C) and grad_key (B, M, C) have the type of the vectors and may be null. Where `same`, grad_query
-  // gets the sum of both.
-  void differentiate(const SideGradient& row, const SideGradient& column, const Positives& positives,
-                     torch::stable::Tensor* grad_query, torch::stable::Tensor* grad_key) const;
+  void log_sum_exponentials(double* row_lse, double* column_lse);
 
   // row_sum[i] = sum_j log(1 + exp(s_ij - shift)), s_ij = scale <q_i, k_j>
-  void softplus_sums(double shift, double* row_sum) const;
-
-  // Gradients of sum_i row_i row_sum_i.
-  void differentiate_softplus(double shift, const float* row, torch::stable::Tensor* grad_query,
-                              torch::stable::Tensor* grad_key) const;
+  void softplus_sums(double shift, double* row_sum);
 
   // similarity[i] = scale <q_i, k_(i + offset)>
   void paired(int64_t offset, double* similarity) const;
 
   // similarity[i] = mean of scale <q_i, q_j> over j = first[i] .. last[i] without i; 0 where there is none.
-  void mean_over(const int64_t* first, const int64_t* last, double* similarity) const;
+  void mean_over(const int64_t* first, const int64_t* last, double* similarity);
+
+  // Gradients, for `write`, of
+  //   sum_i row_i row_lse_i + sum_j column_j column_lse_j - sum over i and its positives j of positive_i s_ij.
+  // Where the set meets itself, those of the queries hold both.
+  void differentiate(const SideGradient& row, const SideGradient& column, const Positives& positives, bool need_key);
+
+  // The same of sum_i row_i row_sum_i.
+  void differentiate_softplus(double shift, const float* row, bool need_key);
+
+  // Writes the gradients of all vectors of this problem into (B, N, C) and, unless it is null, (B, M, C), of the type
+  // of the vectors, and returns the gradient of the scale.
+  double write(torch::stable::Tensor& grad_query, torch::stable::Tensor* grad_key) const;
 
  private:
+  friend class Pairwise;
+
   struct Vectors {
-    std::vector<float> own;  // empty where the tensor is used in place
+    const torch::stable::Tensor* given;
+    int64_t count;
+    Buffer<float> memory, inverse_norms, gradients;
     const float* data = nullptr;
-    std::vector<float> largest_norm;  // of each problem
+    float* gradient = nullptr;  // (count, width) in units of scale_ * unit_; null where it is not needed
+    double largest_norm = 0.0;
   };
+  struct Factors {
+    std::vector<float> shift, factor;
+  };
+
+  Problem(const class Pairwise& pairs);
+  void load(int64_t problem);
+  void convert(Vectors& vectors) const;
+  Exponent exponent(double largest_norm) const;
+  Vectors& keys();
+  const Vectors& keys() const;
+
+  // Calls work(tile, row, column) for all tiles, in the order that the head of this file describes. Tiles of different
+  // panels run side by side.
+  template <typename Work>
+  void each_tile(const Work& work) const;
+  template <typename Work>
+  void each_tile_of(int64_t row_panel, int64_t column_panel, const Work& work) const;
+  // Whether a tile stands for its mirror image below the diagonal too.
+  bool mirrored(int64_t row, int64_t column) const;
+  // Calls weigh(tile, row, column, matrix) for all tiles and multiplies.
+  template <typename Weigh>
+  void accumulate(bool need_key, const Weigh& weigh);
+  Factors factors(const SideGradient& side, int64_t count) const;
+  std::vector<float> positive_factors(const Positives& positives) const;
+  void subtract(const Positives& positives, const std::vector<float>& factor, const Tile& tile, int64_t row,
+                int64_t column, float* matrix) const;
+  std::pair<Exponent, float> threshold(double shift) const;
+  double write(const Vectors& vectors, torch::stable::Tensor& target) const;
+
+  const class Pairwise& pairs_;
+  Vectors query_, key_;
+  Buffer<float> packed_;  // (strips, width, strip)
+  Exponent exponent_;     // the shift is negative where a maximum must be kept
+  double unit_ = 1.0;     // of the gradients: the largest upstream one
+};
+
+// A batch of problems of one size.
+class Pairwise {
+ public:
+  // query (B, N, C), key (B, M, C), float32, bfloat16 or float16, contiguous.
+  Pairwise(const torch::stable::Tensor& query, const torch::stable::Tensor& key, const PairwiseOptions& options);
 
   // Calls work(problem) for all problems, side by side where they are many or small.
   template <typename Work>
   void each_problem(const Work& work) const;
-  // Calls work(tile, row, column) for all tiles of a problem in the order that the head of this file describes. Tiles of
-  // different panels run side by side.
-  template <typename Work>
-  void each_tile(int64_t problem, const Work& work) const;
-  template <typename Work>
-  void each_tile_of(int64_t problem, int64_t row_panel, int64_t column_panel, const Work& work) const;
 
-  // Calls weigh(problem, tile, row, column, matrix) for all tiles, multiplies and writes the gradients.
-  template <typename Weigh>
-  void accumulate(double factor, torch::stable::Tensor* grad_query, torch::stable::Tensor* grad_key,
-                  const Weigh& weigh) const;
-  // Whether a tile stands for its mirror image below the diagonal too.
-  bool mirrored(int64_t row, int64_t column) const { return same_ && row / row_panel_ != column / row_panel_; }
+  const int64_t batch, rows, columns;
 
-  struct Factors {
-    std::vector<float> shift, factor;
-  };
-  Factors factors(int64_t problem, const SideGradient& side, int64_t count, double unit) const;
-  std::vector<float> positive_factors(int64_t problem, const Positives& positives, double unit) const;
-  void subtract(int64_t problem, const Positives& positives, const std::vector<float>& factor, const Tile& tile,
-                int64_t first_row, int64_t first_column, float* matrix) const;
-  std::pair<Exponent, float> threshold(double shift) const;
-
-  Vectors convert(const torch::stable::Tensor& given) const;
-  void write(const std::vector<float>& gradient, double factor, torch::stable::Tensor& target) const;
-  Exponent exponent(int64_t problem) const;
-  bool uses_shift(int64_t problem) const { return exponent_[problem].shift >= 0.0f; }
+ private:
+  friend class Problem;
 
   const Kernels& kernels_;
-  int64_t batch_, rows_, columns_, channels_, width_;
+  const torch::stable::Tensor &query_, &key_;
+  const PairwiseOptions options_;
+  const int64_t channels_, width_;
+  bool small_;                        // not worth a second thread
   int64_t row_panel_, column_panel_;  // vectors of a panel
-  int64_t excluded_pair_;
-  bool same_, small_;
-  double scale_;
-  float no_similarity_;  // the one whose exponential is zero
-  Vectors query_, key_;
-  std::vector<float> packed_;        // (B, strips, width, strip)
-  std::vector<Exponent> exponent_;   // of each problem; the shift is negative where a maximum must be kept
 };
+
+template <typename Work>
+void Pairwise::each_problem(const Work& work) const {
+  const auto some = [&](int64_t begin, int64_t end) {
+    Problem problem(*this);
+    for (int64_t index = begin; index < end; ++index) {
+      problem.load(index);
+      work(problem);
+    }
+  };
+  if (batch == 1 || (!small_ && batch < 128)) {
+    some(0, batch);
+    return;
+  }
+  const int64_t cost = rows * columns * width_ + 64 * (rows + columns) * width_;
+  torch::stable::parallel_for(0, batch, 1 + 262144 / cost, some);
+}
 
 }  // namespace voxtrast

@@ -1,11 +1,10 @@
-// voxtrast::pairwise_logsumexp on the CPU, and the gradients of all operators that are made of its log-sum-exps. What is
+// voxtrast::pairwise_logsumexp on the CPU, and the gradients of all operators made of its log-sum-exps. What is
 // computed: kernels/pairwise_logsumexp.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <tuple>
-#include <vector>
 
 #include "interpolation.h"
 #include "pairwise.h"
@@ -16,26 +15,43 @@ namespace {
 using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor> pairwise_logsumexp(const Tensor& query_given, const Tensor& key_given, const Tensor& scale,
-                                              bool same, bool exclude_diagonal, bool columns) {
+                                              bool same, bool exclude_diagonal, bool columns, bool normalize) {
   const Tensor query = torch::stable::contiguous(query_given), key = torch::stable::contiguous(key_given);
-  const Pairwise pairs(query, key, same, *float_data(scale, 1, "scale"), exclude_diagonal ? 0 : kNoDiagonal);
-  Tensor row = new_doubles(scale, query.size(0), query.size(1));
-  Tensor column = new_doubles(scale, key.size(0), columns ? key.size(1) : 0);
-  pairs.log_sum_exponentials(row.mutable_data_ptr<double>(), columns ? column.mutable_data_ptr<double>() : nullptr);
+  PairwiseOptions options;
+  options.scale = *float_data(scale, 1, "scale");
+  options.same = same;
+  options.normalize = normalize;
+  if (exclude_diagonal) options.excluded = 0;
+  const Pairwise pairs(query, key, options);
+  Tensor row = new_doubles(scale, pairs.batch, pairs.rows);
+  Tensor column = new_doubles(scale, pairs.batch, columns ? pairs.columns : 0);
+  double *of_rows = row.mutable_data_ptr<double>(), *of_columns = column.mutable_data_ptr<double>();
+  pairs.each_problem([&](Problem& problem) {
+    problem.log_sum_exponentials(of_rows + problem.index * pairs.rows,
+                                 columns ? of_columns + problem.index * pairs.columns : nullptr);
+  });
   return {row, column};
 }
 
-// An empty tensor stands for what is absent: lse and gradient of the columns, gradient of the rows, positives. `exclude`
-// leaves out the pairs (i, i + offset), which are the positives.
-std::tuple<Tensor, Tensor> pairwise_backward(const Tensor& query_given, const Tensor& key_given, const Tensor& scale,
-                                             const Tensor& row_lse, const Tensor& grad_row, const Tensor& column_lse,
-                                             const Tensor& grad_column, const Tensor& grad_positive, int64_t offset,
-                                             bool same, bool exclude, bool need_key) {
+// Gradients of query, key and scale. An empty tensor stands for what is absent: lse and gradient of the columns,
+// gradient of the rows, positives. `exclude` leaves out the pairs (i, i + offset), which are the positives.
+std::tuple<Tensor, Tensor, Tensor> pairwise_backward(const Tensor& query_given, const Tensor& key_given,
+                                                     const Tensor& scale, const Tensor& row_lse,
+                                                     const Tensor& grad_row, const Tensor& column_lse,
+                                                     const Tensor& grad_column, const Tensor& grad_positive,
+                                                     int64_t offset, bool same, bool exclude, bool normalize,
+                                                     bool need_key) {
   const Tensor query = torch::stable::contiguous(query_given), key = torch::stable::contiguous(key_given);
-  const int64_t rows = query.size(0) * query.size(1), columns = key.size(0) * key.size(1);
   const Tensor kept[] = {torch::stable::contiguous(row_lse), torch::stable::contiguous(grad_row),
                          torch::stable::contiguous(column_lse), torch::stable::contiguous(grad_column),
                          torch::stable::contiguous(grad_positive)};
+  PairwiseOptions options;
+  options.scale = *float_data(scale, 1, "scale");
+  options.same = same;
+  options.normalize = normalize;
+  if (exclude) options.excluded = offset;
+  const Pairwise pairs(query, key, options);
+  const int64_t rows = pairs.batch * pairs.rows, columns = pairs.batch * pairs.columns;
   const auto gradient = [](const Tensor& tensor, int64_t count, const char* name) {
     return tensor.numel() == 0 ? nullptr : float_data(tensor, count, name);
   };
@@ -44,13 +60,21 @@ std::tuple<Tensor, Tensor> pairwise_backward(const Tensor& query_given, const Te
   };
   const SideGradient of_rows{lse(kept[0], rows, "row_lse"), gradient(kept[1], rows, "grad_row")};
   const SideGradient of_columns{lse(kept[2], columns, "column_lse"), gradient(kept[3], columns, "grad_column")};
-  const Positives positives{gradient(kept[4], rows, "grad_positive"), offset};
+  const float* positive = gradient(kept[4], rows, "grad_positive");
   need_key = need_key && !same;
   Tensor grad_query = torch::stable::new_empty(query, query.sizes());
   Tensor grad_key = need_key ? torch::stable::new_empty(key, key.sizes()) : torch::stable::new_empty(key, {0});
-  const Pairwise pairs(query, key, same, *float_data(scale, 1, "scale"), exclude ? offset : kNoDiagonal);
-  pairs.differentiate(of_rows, of_columns, positives, &grad_query, need_key ? &grad_key : nullptr);
-  return {grad_query, grad_key};
+  std::vector<double> of_scale(pairs.batch);
+  pairs.each_problem([&](Problem& problem) {
+    const auto part = [&](const auto* data, int64_t count) {
+      return data == nullptr ? nullptr : data + problem.index * count;
+    };
+    problem.differentiate({part(of_rows.lse, pairs.rows), part(of_rows.gradient, pairs.rows)},
+                          {part(of_columns.lse, pairs.columns), part(of_columns.gradient, pairs.columns)},
+                          {part(positive, pairs.rows), offset}, need_key);
+    of_scale[problem.index] = problem.write(grad_query, need_key ? &grad_key : nullptr);
+  });
+  return {grad_query, grad_key, sum_to_scalar(of_scale, scale)};
 }
 
 }  // namespace

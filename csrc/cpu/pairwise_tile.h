@@ -1,6 +1,6 @@
 // What the compiled paths of the pairwise operators offer: packing, and the work on one tile of the matrix of
-// similarities, which never exists as a whole. One implementation (pairwise_tile.inl) is compiled once for each instruction
-// set; `kernels()` chooses among them when the library is first used.
+// similarities, which never exists as a whole. One implementation (pairwise_tile.inl) is compiled once for each
+// instruction set; `kernels()` chooses among them when the library is first used.
 //
 // Exponentials are taken to base 2 with shifts that are whole numbers. The argument is then reduced in one fused
 // multiply-add, and 2^(scale * s - shift) is within 2e-7 relative of its true value for a given float32 s.
@@ -48,7 +48,7 @@ struct Kernels {
   void (*weigh_exponentials)(const Tile&, const Exponent&, const float* row_factor, const float* column_factor,
                              float* matrix);
 
-  // matrix (kTileRows, kMatrixRow) of dot products; the excluded entry, and what lies beyond the last column, is `excluded`.
+  // matrix (kTileRows, kMatrixRow) of dot products; `excluded` for the excluded entry and beyond the last column.
   void (*similarities)(const Tile&, float excluded, float* matrix);
 
   // The online form of sum_exponentials, from a matrix of similarities: for every row and, unless they are null, for
@@ -56,8 +56,8 @@ struct Kernels {
   void (*sum_online)(const Tile&, const Exponent&, const float* matrix, float* row_shift, double* row_sum,
                      float* column_shift, double* column_sum);
 
-  // In place: matrix of similarities to 2^(exponent with row_shift[i]) row_factor[i] + the same for the columns. Rows or
-  // columns may be null. No exponent may be above 1.
+  // In place: matrix of similarities to 2^(exponent with row_shift[i]) row_factor[i] + the same for the columns. Rows
+  // or columns may be null. No exponent may be above 1.
   void (*weigh_online)(const Tile&, const Exponent&, float* matrix, const float* row_shift, const float* row_factor,
                        const float* column_shift, const float* column_factor);
 

@@ -1,9 +1,9 @@
-// The work on one tile, written with the vector types of GCC and Clang. Included by pairwise_tile_*.cpp, each of which sets
+// The work on one tile, written with the vector types of GCC and Clang. Included by pairwise_tile_*.cpp, which set
 //   VOXTRAST_LANES      floats of a vector
 //   VOXTRAST_ROWS       rows of a block of similarities: ROWS x 2 vectors of sums stay in registers
 //   VOXTRAST_OUT_ROWS, VOXTRAST_OUT_VECTORS    the same for the blocks of gradients
-// and the instruction set. Nothing of the standard library is used here: an inline function of it, compiled for AVX-512,
-// could be the copy that the linker keeps for everybody.
+// and the instruction set. Nothing of the standard library is used here: an inline function of it, compiled for
+// AVX-512, could be the copy that the linker keeps for everybody.
 
 namespace voxtrast {
 namespace {
@@ -437,7 +437,8 @@ void multiply(const Tile& tile, const float* matrix, float* grad_query, float* g
 
 }  // namespace
 
-const Kernels VOXTRAST_KERNELS = {VOXTRAST_NAME, kLanes,       kStrip,     pack,         sum_exponentials,
-                                  weigh_exponentials, similarities, sum_online, weigh_online, sum_softplus, weigh_sigmoids, multiply};
+const Kernels VOXTRAST_KERNELS = {VOXTRAST_NAME,      kLanes,       kStrip,     pack,         sum_exponentials,
+                                  weigh_exponentials, similarities, sum_online, weigh_online, sum_softplus,
+                                  weigh_sigmoids,     multiply};
 
 }  // namespace voxtrast

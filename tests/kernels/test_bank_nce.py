@@ -118,11 +118,11 @@ def test_gradients_of_gradients() -> None:
 
 def test_opcheck() -> None:
     query, _, bank = make((2, 6, 4), (2, 9, 4))
-    arguments = (query, bank, torch.tensor([2.0], requires_grad=True), torch.tensor([0.3]).double())
+    arguments = (query, bank, torch.tensor([2.0], requires_grad=True), torch.tensor([0.3]).double(), True)
     torch.library.opcheck(torch.ops.voxtrast.softplus_sums.default, arguments)
-    plain = [tensor.detach() for tensor in arguments]
+    plain = [tensor.detach() for tensor in arguments[:4]]
     for need_bank in (False, True):
-        backward = (torch.ones(1, 1).expand(2, 6), *plain, need_bank)
+        backward = (torch.ones(1, 1).expand(2, 6), *plain, True, need_bank)
         torch.library.opcheck(torch.ops.voxtrast.softplus_sums_backward.default, backward)
 
 

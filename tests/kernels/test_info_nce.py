@@ -186,7 +186,7 @@ def test_opcheck() -> None:
     more = torch.cat((key.detach(), torch.randn(2, 5, 4)), dim=1).requires_grad_()
     for symmetric in (False, True):
         for offset in (0, 3):
-            arguments = (query, more, torch.tensor([2.0], requires_grad=True), offset, symmetric)
+            arguments = (query, more, torch.tensor([2.0], requires_grad=True), offset, symmetric, offset == 0)
             torch.library.opcheck(torch.ops.voxtrast.info_nce.default, arguments)
 
 
@@ -194,8 +194,8 @@ def test_positives_may_start_later_among_the_keys() -> None:
     """What a rank needs, whose queries are a part of all."""
     query, key = (vectors.detach() for vectors in make((1, 40, 8)))
     scale = torch.tensor([2.0])
-    whole = torch.ops.voxtrast.info_nce(query, key, scale, 0, False)[0]
-    parts = [torch.ops.voxtrast.info_nce(query[:, s : s + 20], key, scale, s, False)[0] for s in (0, 20)]
+    whole = torch.ops.voxtrast.info_nce(query, key, scale, 0, False, True)[0]
+    parts = [torch.ops.voxtrast.info_nce(query[:, s : s + 20], key, scale, s, False, True)[0] for s in (0, 20)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
 
 

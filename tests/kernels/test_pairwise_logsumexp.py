@@ -193,27 +193,18 @@ def test_opcheck_with_strided_vectors() -> None:
     query, key = make((2, 6, 9, 4))
     scale = torch.tensor([2.0], requires_grad=True)
     operator = torch.ops.voxtrast.pairwise_logsumexp.default
-    torch.library.opcheck(operator, (query, key, scale, False, False, True))
-    torch.library.opcheck(operator, (query, query, scale, True, True, False))
+    torch.library.opcheck(operator, (query, key, scale, False, False, True, False))
+    torch.library.opcheck(operator, (query, query, scale, True, True, False, True))
     strided = [vectors.detach().transpose(1, 2).contiguous().transpose(1, 2) for vectors in (query, key)]
-    torch.library.opcheck(operator, (*strided, scale.detach(), False, False, True))
+    torch.library.opcheck(operator, (*strided, scale.detach(), False, False, True, True))
     assert torch.equal(pairwise_logsumexp(*strided, scale=2.0), pairwise_logsumexp(query, key, scale=2.0))
-    row, column = operator(*strided, scale.detach(), False, False, True)
+    row, column = operator(*strided, scale.detach(), False, False, True, False)
     upstream = [torch.randn(1, 1).expand(lse.shape) for lse in (row, column)]
-    arguments = (
-        *strided,
-        scale.detach(),
-        row,
-        upstream[0],
-        column,
-        upstream[1],
-        torch.randn(2, 6),
-        3,
-        False,
-        True,
-        True,
-    )
-    torch.library.opcheck(torch.ops.voxtrast.pairwise_backward.default, arguments)
+    of_rows, of_columns = (row, upstream[0]), (column, upstream[1])
+    for exclude, normalize, need_key in ((False, True, False), (True, False, True)):
+        flags = (3, False, exclude, normalize, need_key)
+        arguments = (*strided, scale.detach(), *of_rows, *of_columns, torch.randn(2, 6), *flags)
+        torch.library.opcheck(torch.ops.voxtrast.pairwise_backward.default, arguments)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

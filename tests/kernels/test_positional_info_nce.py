@@ -174,12 +174,16 @@ def test_gradients_of_gradients() -> None:
 
 def test_opcheck() -> None:
     features, scale = make(2, 6, 4), torch.tensor([2.0], requires_grad=True)
-    first, last = torch.tensor([0, 0, 1, 3, 4, 5]).repeat(2, 1), torch.tensor([2, 3, 3, 4, 5, 6]).repeat(2, 1)
-    arguments = (features, first, last, scale)
-    torch.library.opcheck(torch.ops.voxtrast.positional_info_nce.default, arguments)
-    _, lse = torch.ops.voxtrast.positional_info_nce(*arguments)
-    backward = (torch.ones(1, 1).expand(2, 6), features.detach(), first, last, scale.detach(), lse.detach())
-    torch.library.opcheck(torch.ops.voxtrast.positional_info_nce_backward.default, backward)
+    order = torch.tensor([[3, 1, 0, 2, 5, 4]])
+    first, last = torch.tensor([[0, 0, 1, 3, 4, 5]]), torch.tensor([[2, 3, 3, 4, 5, 6]])
+    for problems in (1, 2):
+        ranges = [each.repeat(problems, 1) for each in (order, first, last)]
+        arguments = (features, *ranges, scale, problems == 1)
+        torch.library.opcheck(torch.ops.voxtrast.positional_info_nce.default, arguments)
+        _, lse = torch.ops.voxtrast.positional_info_nce(*arguments)
+        upstream = torch.ones(1, 1).expand(2, 6)
+        backward = (upstream, features.detach(), *ranges, scale.detach(), lse.detach(), problems == 1)
+        torch.library.opcheck(torch.ops.voxtrast.positional_info_nce_backward.default, backward)
 
 
 def test_compiles_into_one_graph() -> None:
