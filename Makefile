@@ -50,4 +50,4 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
 # The type checker follows paths, and the package is a namespace over folders: it gets the namespace as links.
 .typing:
 	mkdir -p .typing/voxtrast
-	for folder in kernels methods engine; do ln -sfn "$(CURDIR)/$$folder" .typing/voxtrast/$$folder; done
+	for folder in kernels methods engine benchmarks; do ln -sfn "$(CURDIR)/$$folder" .typing/voxtrast/$$folder; done

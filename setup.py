@@ -22,7 +22,8 @@ from setuptools import setup
 ROOT = Path(__file__).parent.resolve()
 # The oldest torch that the extension must load in: nothing newer than its stable headers is used.
 TORCH_TARGET = "0x020b000000000000"
-PACKAGES = {"kernels": "voxtrast.kernels", "methods": "voxtrast.methods", "engine": "voxtrast.engine"}
+PACKAGES = {"kernels": "voxtrast.kernels", "methods": "voxtrast.methods", "engine": "voxtrast.engine",
+            "benchmarks": "voxtrast.benchmarks"}  # fmt: skip
 
 
 def packages() -> list[str]:

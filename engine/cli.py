@@ -1,5 +1,6 @@
-"""The command line: voxtrast prepare | pretrain | finetune | table | export | report | recipes | demo."""
+"""The command line: voxtrast prepare | pretrain | finetune | table | export | report | recipes | bench | demo."""
 
+import runpy
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -131,6 +132,17 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show all settings o
         print("\n".join(recipe_names()))
     else:
         print(OmegaConf.to_yaml(OmegaConf.structured(load_config(name))), end="")
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
+def bench(
+    context: typer.Context, what: Annotated[str, typer.Argument(help="kernels: the fused operators.")] = "kernels"
+) -> None:
+    """Measure speed and memory beside what one would otherwise pick: kernels [--op NAME] [--quick] [--output FILE]."""
+    if what not in ("kernels",):
+        raise UserError(f"bench {what}: unknown; this version measures kernels")
+    sys.argv = [f"voxtrast bench {what}", *context.args]
+    runpy.run_module(f"voxtrast.benchmarks.{what}", run_name="__main__", alter_sys=True)
 
 
 @app.command()

@@ -1,0 +1,47 @@
+"""python -m voxtrast.benchmarks.kernels [--op NAME] [--quick] [--output FILE]"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ..harness import append, machine, measure_rates, peak_beyond_mb, peak_memory_mb, run, table
+from . import bank_info_nce, info_nce, positional_info_nce
+
+OPS = {"info_nce": info_nce, "positional_info_nce": positional_info_nce, "bank_info_nce": bank_info_nce}
+MODULE = "voxtrast.benchmarks.kernels"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="voxtrast bench kernels", description="Fused operators beside their rivals.")
+    parser.add_argument("--op", choices=sorted(OPS), help="one operator; default: all")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="append the JSON lines to FILE")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)  # one step of one provider, in a process of its own
+    chosen = parser.parse_args(arguments)
+    if chosen.memory:
+        return _memory(**json.loads(chosen.memory))
+    about, rates = machine(), measure_rates()
+    print(f"{about['device']}; product {rates.flops / 1e9:.0f} GFLOP/s, exponential {rates.exponentials / 1e9:.2f} G/s")
+    for name in [chosen.op] if chosen.op else OPS:
+        for shape in OPS[name].cases(chosen.quick):
+            lines = run(OPS[name].build(shape), rates, most_rounds=3 if chosen.quick else 7)
+            for line in lines:
+                line["peak_memory_mb"] = (
+                    None if "cannot" in line else peak_memory_mb(MODULE, name, shape, line["provider"])
+                )
+            print(table(lines), flush=True)
+            if chosen.output:
+                append(({**about, **line, "rates": vars(rates)} for line in lines), chosen.output)
+    return 0
+
+
+def _memory(op: str, shape: dict[str, int], provider: str) -> int:
+    step = OPS[op].build(shape).steps[provider]
+    step()  # what is made once: compiled code, gradients
+    print(peak_beyond_mb(step))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
