@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_vectors, check_weights
+from ._global_info_nce import global_info_nce, ranks_of, sum_over_ranks
 from ._registration import (
     gradients_by_reference,
     needs_functional_reference,
@@ -35,6 +36,7 @@ def info_nce(
     symmetric: bool = False,
     negatives: Tensor | None = None,
     weights: Tensor | None = None,
+    group: Any = None,
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
@@ -49,6 +51,10 @@ def info_nce(
             the keys to the queries.
         weights: (..., N) weight of each pair, not negative, floating or bool; no gradient. A pair of weight 0 remains a
             negative of the others.
+        group: a torch.distributed process group: the keys of all its ranks are negatives, and in the symmetric loss the
+            queries of all its ranks. N must be the same on every rank. Each rank gets the loss of its own pairs; the
+            mean of losses and gradients over the ranks, as data parallel training takes it, is that of one process
+            with all pairs. Not for float64, gradients of gradients and `torch.func`.
         normalize: make every vector unit length first. A vector shorter than 1e-6 becomes zeros and gets no gradient.
         reduction: "mean" over all pairs (over the sum of the weights), "sum", or "none" for (..., N).
 
@@ -76,6 +82,13 @@ def info_nce(
     scale = scale_of(temperature, query)
     keys = key if negatives is None else torch.cat((key, negatives.to(key.dtype)), dim=-2)
     common = torch.promote_types(query.dtype, keys.dtype)
+    if group is not None and ranks_of(group) > 1:
+        if needs_functional_reference() or torch.float64 in (common, scale.dtype):
+            raise ValueError("group: works in float32, bfloat16 and float16, outside the transforms of torch.func")
+        local, theirs = (as_problems(vectors.to(common)) for vectors in (query, key))
+        extra = None if negatives is None else as_problems(negatives.to(common))
+        losses = global_info_nce(local, theirs, extra, scale, symmetric, normalize, group)
+        return _reduce_over_ranks(losses.reshape(query.shape[:-1]), weights, reduction, group)
     if needs_functional_reference() or torch.float64 in (common, scale.dtype):
         losses = _losses(query, keys, scale, 0, symmetric, normalize)[0]
     else:
@@ -138,6 +151,14 @@ def reduce_losses(losses: Tensor, weights: Tensor | None, reduction: str) -> Ten
         return weighed.sum()
     total = share.sum()
     return weighed.sum() / torch.where(total == 0, 1, total)
+
+
+def _reduce_over_ranks(losses: Tensor, weights: Tensor | None, reduction: str, group: Any) -> Tensor:
+    """As `reduce_losses`; the mean divides by the ranks' mean sum of weights, so that the mean over ranks is right."""
+    if weights is None or reduction != "mean":
+        return reduce_losses(losses, weights, reduction)
+    total = sum_over_ranks(weights.to(losses.dtype).sum(), group) / ranks_of(group)
+    return reduce_losses(losses, weights, "sum") / torch.where(total == 0, 1, total)
 
 
 def _losses(

@@ -1,0 +1,127 @@
+"""InfoNCE with the keys of all ranks as negatives: rows stay where they are, keys and column sums travel.
+
+Each rank holds N pairs. It sees its own queries against all keys; the sums over all queries, which the direction from
+keys to queries needs, are merged from the ranks' parts as log-sum-exps. In backward the ranks' parts of the gradients
+of the keys are added, and each takes its own. The mean over the ranks of the losses, and of the gradients as data
+parallel training takes it, is that of one process with all pairs.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+
+from .pairwise_logsumexp import absent
+
+
+def global_info_nce(
+    query: Tensor, key: Tensor, negatives: Tensor | None, scale: Tensor, symmetric: bool, normalize: bool, group: Any
+) -> Tensor:
+    """Losses (B, N) of the own pairs.
+
+    Args:
+        query, key: (B, N, C), one type, N and B the same on every rank.
+        negatives: (B, K, C) further negatives of the own queries alone.
+    """
+    _check_equal_sizes(query, group)
+    extra = key.new_empty((key.shape[0], 0, key.shape[2])) if negatives is None else negatives
+    losses: Tensor = _GlobalInfoNCE.apply(query, key, extra, scale, symmetric, normalize, group)
+    return losses
+
+
+def ranks_of(group: Any) -> int:
+    """How many ranks share the batch. Raises ValueError where there is no process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("group: torch.distributed is not initialised; call init_process_group first, or leave it out")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group: this process is no member of it")
+    return dist.get_world_size(group)
+
+
+def sum_over_ranks(value: Tensor, group: Any) -> Tensor:
+    """The sum over the ranks, without gradient."""
+    total = value.detach().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _check_equal_sizes(query: Tensor, group: Any) -> None:
+    sizes = torch.tensor(query.shape, dtype=torch.int64, device=query.device)
+    everywhere = [torch.empty_like(sizes) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everywhere, sizes, group=group)
+    found = [tuple(each.tolist()) for each in everywhere]
+    if len(set(found)) > 1:
+        raise ValueError(f"query: expected the same shape on every rank of group, got {found}; drop the last batch")
+
+
+def _gather(tensor: Tensor, group: Any) -> Tensor:
+    """The tensors (B, N, ...) of all ranks, one after the other along N."""
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.cat(parts, dim=1)
+
+
+class _GlobalInfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        extra: Tensor,
+        scale: Tensor,
+        symmetric: bool,
+        normalize: bool,
+        group: Any,
+    ) -> Tensor:
+        count, offset = key.shape[1], dist.get_rank(group) * key.shape[1]
+        keys = torch.cat((_gather(key, group), extra), dim=1)
+        losses, row, column, positive = torch.ops.voxtrast.info_nce(query, keys, scale, offset, symmetric, normalize)
+        if symmetric:
+            everybody = count * dist.get_world_size(group)
+            parts = _gather(column[:, None, :everybody].contiguous(), group)  # (B, ranks, all keys)
+            column = functional.pad(parts.logsumexp(1), (0, extra.shape[1]))
+            back = functional.softplus(column[:, offset : offset + count] - positive)
+            losses = ((functional.softplus(row - positive) + back) / 2).to(losses.dtype)
+        ctx.save_for_backward(query, keys, scale, row, column, positive)
+        ctx.options, ctx.offset, ctx.group, ctx.extra = (symmetric, normalize), offset, group, extra.shape[1]
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        query, keys, scale, row, column, positive = ctx.saved_tensors
+        (symmetric, normalize), group = ctx.options, ctx.group
+        count = query.shape[1]
+        own = slice(ctx.offset, ctx.offset + count)
+        grad_row = gradients[0].double() / (2 if symmetric else 1)
+        grad_positive = grad_row * torch.sigmoid(row - positive)
+        column_lse, grad_column = column, absent(scale)
+        if symmetric:
+            # Every query pulls at every key: the gradients and positives of all ranks are needed.
+            grad_positive = grad_positive + grad_row * torch.sigmoid(column[:, own] - positive)
+            everywhere = (functional.pad(_gather(each, group), (0, ctx.extra)) for each in (grad_row, positive))
+            grad_column, positives = everywhere
+            column_lse, grad_column = torch.logaddexp(column, positives), grad_column.float()
+        grad_query, grad_keys, grad_scale = torch.ops.voxtrast.pairwise_backward(
+            query,
+            keys,
+            scale,
+            torch.logaddexp(row, positive),
+            grad_row.float(),
+            column_lse,
+            grad_column,
+            grad_positive.float(),
+            ctx.offset,
+            False,
+            True,
+            normalize,
+            True,
+        )
+        everybody = keys.shape[1] - ctx.extra
+        # Added in float32: low-precision parts of many ranks would round away.
+        shared = grad_keys[:, :everybody].float().contiguous()
+        dist.all_reduce(shared, group=group)
+        grad_extra = grad_keys[:, everybody:] if ctx.extra else None
+        return grad_query, shared[:, own].to(keys.dtype), grad_extra, grad_scale, None, None, None
