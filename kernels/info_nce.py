@@ -90,7 +90,7 @@ def info_nce(
         losses = global_info_nce(local, theirs, extra, scale, symmetric, normalize, group)
         return _reduce_over_ranks(losses.reshape(query.shape[:-1]), weights, reduction, group)
     if needs_functional_reference() or torch.float64 in (common, scale.dtype):
-        losses = _losses(query, keys, scale, 0, symmetric, normalize)[0]
+        losses = _losses(query, keys, scale, 0, symmetric, normalize)
     else:
         problems = (as_problems(vectors.to(common)) for vectors in (query, keys))
         losses, *_ = torch.ops.voxtrast.info_nce(*problems, scale, 0, symmetric, normalize)
@@ -110,7 +110,7 @@ def info_nce_reference(
 ) -> Tensor:
     """The same in plain torch. Keeps the (..., N, N + K) matrix."""
     keys = key if negatives is None else torch.cat((key, negatives.to(key.dtype)), dim=-2)
-    losses = _losses(query, keys, scale_of(temperature, query), 0, symmetric, normalize)[0]
+    losses = _losses(query, keys, scale_of(temperature, query), 0, symmetric, normalize)
     return reduce_losses(losses, weights, reduction)
 
 
@@ -161,25 +161,34 @@ def _reduce_over_ranks(losses: Tensor, weights: Tensor | None, reduction: str, g
     return reduce_losses(losses, weights, "sum") / torch.where(total == 0, 1, total)
 
 
-def _losses(
-    query: Tensor, key: Tensor, scale: Tensor, offset: int, symmetric: bool, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses (..., N), log-sum-exps over the negatives (..., N) and (..., M), positive similarities (..., N)."""
+def _losses(query: Tensor, key: Tensor, scale: Tensor, offset: int, symmetric: bool, normalize: bool) -> Tensor:
+    """The losses (..., N) in plain torch."""
     if normalize:
         query, key = unit_vectors(query), unit_vectors(key)
     similarity = similarities(query, key, scale)
     own = torch.arange(query.shape[-2], device=query.device)
     positive = similarity[..., own, own + offset]
-    lse = similarity.logsumexp(-1)
-    losses = lse - positive
-    pair = torch.zeros_like(similarity, dtype=torch.bool)
-    pair[..., own, own + offset] = True
-    others = similarity.detach().masked_fill(pair, -torch.inf)
-    row, column = others.logsumexp(-1).double(), others.new_empty((*others.shape[:-2], 0), dtype=torch.float64)
+    losses = similarity.logsumexp(-1) - positive
     if symmetric:
         losses = (losses + (similarity.logsumexp(-2)[..., own + offset] - positive)) / 2
-        column = others.logsumexp(-2).double()
-    return losses, row, column, positive.detach().double()
+    return losses
+
+
+def _operator_reference(
+    query: Tensor, key: Tensor, scale: Tensor, offset: int, symmetric: bool, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses (B, N), log-sum-exps over the negatives (B, N) and (B, M), positive similarities (B, N)."""
+    losses = _losses(query, key, scale, offset, symmetric, normalize)
+    if normalize:
+        query, key = unit_vectors(query), unit_vectors(key)
+    similarity = similarities(query.detach(), key.detach(), scale.detach())
+    own = torch.arange(query.shape[-2], device=query.device)
+    positive = similarity[..., own, own + offset]
+    pair = torch.zeros_like(similarity, dtype=torch.bool)
+    pair[..., own, own + offset] = True
+    others = similarity.masked_fill(pair, -torch.inf)
+    row, column = others.logsumexp(-1).double(), others.new_empty((*others.shape[:-2], 0), dtype=torch.float64)
+    return losses, row, others.logsumexp(-2).double() if symmetric else column, positive.double()
 
 
 def _fake(
@@ -202,7 +211,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, .
     if needs_reference("pairwise_backward", grad_loss.device):
 
         def losses(query: Tensor, key: Tensor, scale: Tensor) -> Tensor:
-            return _losses(query, key, scale, ctx.offset, ctx.symmetric, ctx.normalize)[0]
+            return _losses(query, key, scale, ctx.offset, ctx.symmetric, ctx.normalize)
 
         return (*gradients_by_reference(losses, (query, key, scale), needed, grad_loss), *[None] * 3)
     grad_row = grad_loss.double() / (2 if ctx.symmetric else 1)
@@ -240,7 +249,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, .
 register_operator(
     "info_nce(Tensor query, Tensor key, Tensor scale, int offset, bool symmetric, bool normalize)"
     " -> (Tensor loss, Tensor row_lse, Tensor column_lse, Tensor positive)",
-    reference=_losses,
+    reference=_operator_reference,
     fake=_fake,
     save=_save,
     backward=_backward,
