@@ -21,16 +21,21 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.memory:
         return _memory(**json.loads(chosen.memory))
-    about, rates = machine(), measure_rates()
-    print(f"{about['device']}; product {rates.flops / 1e9:.0f} GFLOP/s, exponential {rates.exponentials / 1e9:.2f} G/s")
+    about = machine()
+    print(about["device"])
     for name in [chosen.op] if chosen.op else OPS:
         for shape in OPS[name].cases(chosen.quick):
+            rates = measure_rates()  # anew for every size: shared machines change their pace
             lines = run(OPS[name].build(shape), rates, most_rounds=3 if chosen.quick else 7)
             for line in lines:
                 line["peak_memory_mb"] = (
                     None if "cannot" in line else peak_memory_mb(MODULE, name, shape, line["provider"])
                 )
-            print(table(lines), flush=True)
+            print(table(lines))
+            print(
+                f"  rates: product {rates.flops / 1e9:.0f} GFLOP/s, exponential {rates.exponentials / 1e9:.2f} G/s",
+                flush=True,
+            )
             if chosen.output:
                 append(({**about, **line, "rates": vars(rates)} for line in lines), chosen.output)
     return 0
