@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from .pairwise_logsumexp import absent
+from .pairwise_logsumexp import pairwise_gradients
 
 
 def global_info_nce(
@@ -97,27 +97,24 @@ class _GlobalInfoNCE(torch.autograd.Function):
         own = slice(ctx.offset, ctx.offset + count)
         grad_row = gradients[0].double() / (2 if symmetric else 1)
         grad_positive = grad_row * torch.sigmoid(row - positive)
-        column_lse, grad_column = column, absent(scale)
+        of_columns = None
         if symmetric:
             # Every query pulls at every key: the gradients and positives of all ranks are needed.
             grad_positive = grad_positive + grad_row * torch.sigmoid(column[:, own] - positive)
-            everywhere = (functional.pad(_gather(each, group), (0, ctx.extra)) for each in (grad_row, positive))
-            grad_column, positives = everywhere
-            column_lse, grad_column = torch.logaddexp(column, positives), grad_column.float()
-        grad_query, grad_keys, grad_scale = torch.ops.voxtrast.pairwise_backward(
+            grad_column, positives = (
+                functional.pad(_gather(each, group), (0, ctx.extra)) for each in (grad_row, positive)
+            )
+            of_columns = (torch.logaddexp(column, positives), grad_column)
+        grad_query, grad_keys, grad_scale = pairwise_gradients(
             query,
             keys,
             scale,
-            torch.logaddexp(row, positive),
-            grad_row.float(),
-            column_lse,
-            grad_column,
-            grad_positive.float(),
-            ctx.offset,
-            False,
-            True,
-            normalize,
-            True,
+            row=(torch.logaddexp(row, positive), grad_row),
+            column=of_columns,
+            positive=grad_positive,
+            offset=ctx.offset,
+            exclude=True,
+            normalize=normalize,
         )
         everybody = keys.shape[1] - ctx.extra
         # Added in float32: low-precision parts of many ranks would round away.

@@ -25,7 +25,7 @@ from ._registration import (
     needs_reference,
     register_operator,
 )
-from .pairwise_logsumexp import absent, as_problems, similarities, unit_vectors
+from .pairwise_logsumexp import as_problems, pairwise_gradients, similarities, unit_vectors
 
 
 def info_nce(
@@ -80,7 +80,7 @@ def info_nce(
         check_weights("weights", weights, "query", query)
     check_reduction(reduction)
     scale = scale_of(temperature, query)
-    keys = key if negatives is None else torch.cat((key, negatives.to(key.dtype)), dim=-2)
+    keys = key if negatives is None else torch.cat((key, negatives), dim=-2)
     common = torch.promote_types(query.dtype, keys.dtype)
     if group is not None and ranks_of(group) > 1:
         if needs_functional_reference() or torch.float64 in (common, scale.dtype):
@@ -109,7 +109,7 @@ def info_nce_reference(
     reduction: str = "mean",
 ) -> Tensor:
     """The same in plain torch. Keeps the (..., N, N + K) matrix."""
-    keys = key if negatives is None else torch.cat((key, negatives.to(key.dtype)), dim=-2)
+    keys = key if negatives is None else torch.cat((key, negatives), dim=-2)
     losses = _losses(query, keys, scale_of(temperature, query), 0, symmetric, normalize)
     return reduce_losses(losses, weights, reduction)
 
@@ -216,27 +216,25 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, .
         return (*gradients_by_reference(losses, (query, key, scale), needed, grad_loss), *[None] * 3)
     grad_row = grad_loss.double() / (2 if ctx.symmetric else 1)
     grad_positive = grad_row * torch.sigmoid(row - positive)
-    row_lse, column_lse, grad_column = torch.logaddexp(row, positive), column, absent(scale)
+    of_columns = None
     if ctx.symmetric:
         own = slice(ctx.offset, ctx.offset + row.shape[1])
         grad_positive = grad_positive + grad_row * torch.sigmoid(column[:, own] - positive)
-        column_lse, grad_column = column.clone(), scale.new_zeros(column.shape)
+        column_lse, grad_column = column.clone(), torch.zeros_like(column)
         column_lse[:, own] = torch.logaddexp(column[:, own], positive)
-        grad_column[:, own] = grad_row.float()
-    grad_query, grad_key, grad_scale = torch.ops.voxtrast.pairwise_backward(
+        grad_column[:, own] = grad_row
+        of_columns = (column_lse, grad_column)
+    grad_query, grad_key, grad_scale = pairwise_gradients(
         query,
         key,
         scale,
-        row_lse,
-        grad_row.float(),
-        column_lse,
-        grad_column,
-        grad_positive.float(),
-        ctx.offset,
-        False,
-        True,
-        ctx.normalize,
-        needed[1],
+        row=(torch.logaddexp(row, positive), grad_row),
+        column=of_columns,
+        positive=grad_positive,
+        offset=ctx.offset,
+        exclude=True,
+        normalize=ctx.normalize,
+        need_key=needed[1],
     )
     return (
         grad_query if needed[0] else None,

@@ -120,9 +120,35 @@ def as_problems(vectors: Tensor) -> Tensor:
     return vectors.reshape(math.prod(vectors.shape[:-2]), *vectors.shape[-2:])
 
 
-def absent(like: Tensor) -> Tensor:
-    """What stands for no tensor at all in a call of the compiled operators."""
-    return like.new_empty((0,))
+def pairwise_gradients(
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    *,
+    row: tuple[Tensor, Tensor],
+    column: tuple[Tensor, Tensor] | None = None,
+    positive: Tensor | None = None,
+    offset: int = 0,
+    same: bool = False,
+    exclude: bool = False,
+    normalize: bool = False,
+    need_key: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and scale by the compiled operator.
+
+    Args:
+        row, column: log-sum-exps (float64) of the rows and of the columns, and the gradients with respect to them.
+        positive: what the similarity of query i and key i + offset is to lose, (B, N).
+        exclude: the pairs (i, i + offset) are in no log-sum-exp.
+        need_key: otherwise the gradient of key is empty, as it is where `same`, whose gradients the query's hold.
+    """
+    of_columns = (row[0].new_empty((0,)), scale.new_empty((0,))) if column is None else column
+    taken = scale.new_empty((0,)) if positive is None else positive.float()
+    tensors = (query, key, scale, row[0], row[1].float(), of_columns[0], of_columns[1].float(), taken)
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.voxtrast.pairwise_backward(
+        *tensors, offset, same, exclude, normalize, need_key
+    )
+    return found
 
 
 MINIMUM_NORM = 1e-6  # the same number stands in csrc/cpu/pairwise.cpp
@@ -134,6 +160,7 @@ def unit_vectors(vectors: Tensor) -> Tensor:
     squared = (working * working).sum(-1, keepdim=True)
     directed = ~(squared < MINIMUM_NORM**2)  # asked this way round, NaN counts as a direction and shows in the loss
     inverse = torch.where(directed, squared, 1).rsqrt()
+    inverse = torch.where(squared.isinf(), torch.nan, inverse)  # not a vector of zeros: its direction is unknown
     return torch.where(directed, working * inverse, 0)
 
 
@@ -190,20 +217,16 @@ def _backward(ctx: Any, grad_row: Tensor, grad_column: Tensor) -> tuple[Tensor |
             return (rows * grad_row).sum() + (of_columns * grad_column).sum()
 
         return (*gradients_by_reference(weighted, (query, key, scale), needed, torch.ones_like(row[0, 0])), *[None] * 4)
-    grad_query, grad_key, grad_scale = torch.ops.voxtrast.pairwise_backward(
+    grad_query, grad_key, grad_scale = pairwise_gradients(
         query,
         key,
         scale,
-        row,
-        grad_row.float(),
-        column,
-        grad_column.float(),
-        absent(scale),
-        0,
-        ctx.same,
-        ctx.exclude_diagonal,
-        ctx.normalize,
-        needed[1],
+        row=(row, grad_row),
+        column=(column, grad_column),
+        same=ctx.same,
+        exclude=ctx.exclude_diagonal,
+        normalize=ctx.normalize,
+        need_key=needed[1],
     )
     return (
         grad_query if needed[0] else None,

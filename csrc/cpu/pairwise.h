@@ -17,6 +17,10 @@
 
 namespace voxtrast {
 
+constexpr double kLog2E = 1.4426950408889634;
+
+inline int64_t divide_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
+
 // (first, second) float64 on the device of `like`.
 torch::stable::Tensor new_doubles(const torch::stable::Tensor& like, int64_t first, int64_t second);
 

@@ -142,6 +142,20 @@ def test_nan_and_infinity_show_in_the_loss(bad: float, normalize: bool) -> None:
     assert not query.grad.isfinite().all()
 
 
+def test_a_norm_that_overflows_is_no_vector_of_zeros() -> None:
+    query, key = (vectors.detach() for vectors in make((6, 4)))
+    query[2] = 1e25
+    for function in (info_nce, info_nce_reference):
+        assert function(query, key).isnan()
+
+
+def test_vectors_of_different_types_are_promoted() -> None:
+    query, key = (vectors.detach().bfloat16() for vectors in make((20, 8)))
+    negatives = torch.randn(30, 8)
+    expected = info_nce(query.float(), key.float(), negatives=negatives)
+    assert torch.equal(info_nce(query, key, negatives=negatives), expected)
+
+
 def test_low_precision_vectors_give_a_float32_loss_as_accurate_as_the_plain_form() -> None:
     for dtype in (torch.bfloat16, torch.float16):
 
