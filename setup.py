@@ -120,6 +120,7 @@ if __name__ == "__main__":
         packages=packages(),
         package_dir={name: folder for folder, name in PACKAGES.items()},
         package_data={"voxtrast.kernels": ["py.typed"],
+                      "voxtrast.kernels.triton": ["configurations.json"],
                       "voxtrast.methods": ["py.typed", "recipes/*.yaml"],
                       "voxtrast.engine": ["py.typed"]},
         **compiled_parts(),

@@ -3,7 +3,7 @@
 Every operator stands in the file of its name, with its formula, its torch reference and its registration.
 """
 
-from . import _native, stream_copy  # noqa: F401 (stream_copy registers its schema)
+from . import _native, stream_copy, triton  # noqa: F401 (stream_copy registers its schema)
 from .bank_info_nce import bank_info_nce, bank_info_nce_reference
 from .bank_nce import bank_nce, bank_nce_reference
 from .compose_displacement import compose_displacement, compose_displacement_reference
@@ -15,8 +15,9 @@ from .vector_regression_loss import vector_regression_loss, vector_regression_lo
 from .warp import warp, warp_reference
 from .warped_cosine_loss import warped_cosine_loss, warped_cosine_loss_reference
 
-# Last: the compiled library implements operators whose schemas the imports above have registered.
+# Last: these implement operators whose schemas the imports above have registered.
 _native.load_cpu()
+triton.register()
 
 __all__ = [
     "bank_info_nce",
