@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -22,8 +22,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Step = Callable[[], Tensor]  # forward and backward; gives a gradient to compare
-PACKAGES = ("voxtrast", "torch", "triton", "monai")
+Step = Callable[[], Sequence[Tensor]]  # forward and backward; gives the gradients to compare
+REFUSED = "refused"  # begins the line of a provider whose gradients are other ones
+PACKAGES = ("voxtrast", "torch", "triton", "monai", "lightly", "pytorch-metric-learning", "pykeops", "inf-cl")
+
+
+class Cannot(Exception):
+    """Why a provider is left out."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a case runs, and in which type its inputs are."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def randn(self, *sizes: int, requires_grad: bool = True) -> Tensor:
+        return torch.randn(sizes, device=self.device).to(self.dtype).requires_grad_(requires_grad)
+
+    def check_holds(self, numbers: int, what: str) -> None:
+        """Raises: Cannot where a provider's largest array, of which it holds several, is too large for the machine."""
+        if 4 * numbers > LARGEST_BYTES:
+            raise Cannot(f"holds {what}, {4 * numbers / 1e9:.0f} GB, several times")
+
+
+CPU = Place(torch.device("cpu"), torch.float32)
+LARGEST_BYTES = 1_600_000_000  # a matrix of 20,000 x 20,000
 
 
 @dataclass
@@ -38,6 +67,19 @@ class Case:
     exponentials: float
     cannot: dict[str, str] = field(default_factory=dict)  # provider: why
     tolerance: float = 2e-3  # of the largest gradient, between providers
+
+
+def gradients_of(loss: Callable[..., Tensor], *inputs: Tensor) -> Step:
+    """A step: the loss of the inputs, and the gradients of those that ask for one."""
+    asked = [tensor for tensor in inputs if tensor.requires_grad]
+
+    def step() -> Sequence[Tensor]:
+        for tensor in asked:
+            tensor.grad = None
+        loss(*inputs).backward()
+        return [tensor.grad for tensor in asked if tensor.grad is not None]
+
+    return step
 
 
 @dataclass(frozen=True)
@@ -66,17 +108,9 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 def run(case: Case, rates: Rates, *, most_rounds: int) -> list[dict[str, Any]]:
     """One line for each provider, medians over turns, after one that is not counted: `most_rounds`, or three where a
-    turn of all takes longer than ten seconds.
-
-    Raises: AssertionError where a provider's gradient is another one.
+    turn of all takes longer than ten seconds. A provider that fails, or has other gradients than ours, gets no time.
     """
-    expected: Tensor | None = None
-    for name, step in case.steps.items():
-        found = step().double()
-        if expected is None:
-            expected = found
-        difference = (found - expected).abs().max() / expected.abs().max()
-        assert difference < case.tolerance, f"{case.op} {case.shape}: {name} differs by {difference:.1e} of the largest"
+    _check(case)
     times: dict[str, list[float]] = {name: [] for name in case.steps}
     started, rounds = time.perf_counter(), 0
     while rounds < most_rounds and not (rounds >= 3 and time.perf_counter() - started > 30):
@@ -84,7 +118,7 @@ def run(case: Case, rates: Rates, *, most_rounds: int) -> list[dict[str, Any]]:
         for name, step in case.steps.items():
             times[name].append(seconds_of(step))
     limit = case.flops / rates.flops + case.exponentials / rates.exponentials
-    ours = statistics.median(times["ours"])
+    ours = statistics.median(times["ours"]) if "ours" in times else None
     lines = []
     for name, taken in times.items():
         middle = statistics.median(taken)
@@ -97,7 +131,7 @@ def run(case: Case, rates: Rates, *, most_rounds: int) -> list[dict[str, Any]]:
                 "provider": name,
                 "median_s": middle,
                 "spread_s": max(taken) - min(taken),
-                "ratio_to_ours": middle / ours,
+                "ratio_to_ours": None if ours is None else middle / ours,
                 "limit_s": limit,
                 "share_of_limit": limit / middle,
                 "rounds": rounds,
@@ -107,6 +141,26 @@ def run(case: Case, rates: Rates, *, most_rounds: int) -> list[dict[str, Any]]:
         {"op": case.op, "shape": case.shape, "dtype": case.dtype, "provider": name, "cannot": why}
         for name, why in case.cannot.items()
     ]
+
+
+def _check(case: Case) -> None:
+    """Runs every provider once and moves those that fail or differ from the first to `case.cannot`."""
+    expected: list[Tensor] | None = None
+    for name, step in list(case.steps.items()):
+        try:
+            found = [gradient.double() for gradient in step()]
+        except Exception as error:  # of a peer, of any kind: the others are measured all the same
+            case.cannot[name] = f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            del case.steps[name]
+            continue
+        if expected is None:
+            expected = found
+        compared = zip(found, expected, strict=True)
+        differences = [(one - other).abs().max() / other.abs().max() for one, other in compared]
+        difference = float(torch.stack(differences).max())  # NaN where one is
+        if not difference < case.tolerance:
+            case.cannot[name] = f"{REFUSED}: differs by {difference:.1e} of the largest gradient"
+            del case.steps[name]
 
 
 def peak_memory_mb(module: str, op: str, shape: dict[str, int], provider: str) -> float | None:
@@ -167,15 +221,17 @@ def table(lines: list[dict[str, Any]]) -> str:
     """The lines of one case as text."""
     first = lines[0]
     sizes = ", ".join(f"{name} {size}" for name, size in first["shape"].items())
-    rows = [f"{first['op']}  {sizes}  {first['dtype']}  (limit {first['limit_s'] * 1e3:.2f} ms)"]
+    limit = f"  (limit {first['limit_s'] * 1e3:.2f} ms)" if "limit_s" in first else ""
+    rows = [f"{first['op']}  {sizes}  {first['dtype']}{limit}"]
     for line in lines:
         if "cannot" in line:
-            rows.append(f"  {line['provider']:<22} cannot: {line['cannot']}")
+            rows.append(f"  {line['provider']:<24} cannot: {line['cannot']}")
             continue
-        memory = line.get("peak_memory_mb")
+        ratio, memory = line["ratio_to_ours"], line.get("peak_memory_mb")
         rows.append(
-            f"  {line['provider']:<22} {line['median_s'] * 1e3:10.2f} ms ± {line['spread_s'] * 1e3:<9.2f}"
-            f" {line['ratio_to_ours']:7.2f} x ours   {line['share_of_limit']:6.0%} of the limit"
+            f"  {line['provider']:<24} {line['median_s'] * 1e3:10.2f} ms ± {line['spread_s'] * 1e3:<9.2f}"
+            + (f" {ratio:7.2f} x ours" if ratio is not None else " " * 15)
+            + f"   {line['share_of_limit']:6.0%} of the limit"
             + (f"   {memory:9.1f} MB" if memory is not None else "")
         )
     return "\n".join(rows)

@@ -5,10 +5,15 @@ import json
 import sys
 from pathlib import Path
 
-from ..harness import append, machine, measure_rates, peak_beyond_mb, peak_memory_mb, run, table
-from . import bank_info_nce, info_nce, positional_info_nce
+from ..harness import REFUSED, append, machine, measure_rates, peak_beyond_mb, peak_memory_mb, run, table
+from . import bank_info_nce, info_nce, nt_xent, positional_info_nce
 
-OPS = {"info_nce": info_nce, "positional_info_nce": positional_info_nce, "bank_info_nce": bank_info_nce}
+OPS = {
+    "info_nce": info_nce,
+    "nt_xent": nt_xent,
+    "positional_info_nce": positional_info_nce,
+    "bank_info_nce": bank_info_nce,
+}
 MODULE = "voxtrast.benchmarks.kernels"
 
 
@@ -23,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _memory(**json.loads(chosen.memory))
     about = machine()
     print(about["device"])
+    refused = False
     for name in [chosen.op] if chosen.op else OPS:
         for shape in OPS[name].cases(chosen.quick):
             rates = measure_rates()  # anew for every size: shared machines change their pace
@@ -31,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
                 line["peak_memory_mb"] = (
                     None if "cannot" in line else peak_memory_mb(MODULE, name, shape, line["provider"])
                 )
+            refused |= any(line.get("cannot", "").startswith(REFUSED) for line in lines)
             print(table(lines))
             print(
                 f"  rates: product {rates.flops / 1e9:.0f} GFLOP/s, exponential {rates.exponentials / 1e9:.2f} G/s",
@@ -38,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             if chosen.output:
                 append(({**about, **line, "rates": vars(rates)} for line in lines), chosen.output)
-    return 0
+    return 1 if refused else 0
 
 
 def _memory(op: str, shape: dict[str, int], provider: str) -> int:

@@ -4,64 +4,70 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from voxtrast.kernels import info_nce, info_nce_reference
 
-from ..harness import Case, Step
+from ..harness import CPU, Cannot, Case, Place, gradients_of
+from .peers import (
+    Loss,
+    flex_attention_info_nce,
+    inf_cl_info_nce,
+    keops_info_nce,
+    linear_cross_entropy_info_nce,
+)
 from .tile_loop import tile_loop_info_nce
 
 TEMPERATURE = 0.1
-LARGEST_MATRIX = 20_000  # N of the providers that hold the matrix several times
+OPTIONS: dict[str, Any] = {"temperature": TEMPERATURE, "symmetric": True}
+LARGEST = {"linear_cross_entropy": 20_000, "KeOps": 2048}  # on a CPU: beyond, a step of it takes ten seconds or more
 
 
-def cases(quick: bool) -> list[dict[str, int]]:
-    sizes = [(2048, 64), (8192, 128)] if quick else [(2048, 64), (4096, 64), (8192, 128), (16384, 64), (65536, 64)]
+def cases(quick: bool, place: Place = CPU) -> list[dict[str, int]]:
+    sizes = [(2048, 64), (8192, 128)]
+    if not quick:
+        sizes = [(2048 * 2**power, 64) for power in range(6)] + [(8192, 128)]
     return [{"problems": 1, "N": n, "C": c} for n, c in sizes] + [{"problems": 1024, "N": 32, "C": 128}]
 
 
-def build(shape: dict[str, int]) -> Case:
+def build(shape: dict[str, int], place: Place = CPU) -> Case:
     problems, count, channels = shape["problems"], shape["N"], shape["C"]
     torch.manual_seed(0)
     sizes = (count, channels) if problems == 1 else (problems, count, channels)
-    query, key = (torch.randn(sizes, requires_grad=True) for _ in range(2))
-    compiled = torch.compile(info_nce_reference)
-
-    def by_linear_cross_entropy(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        query, key = (functional.normalize(vectors, dim=-1) for vectors in (query, key))
-        targets, options = torch.arange(count), torch.nn.LinearCrossEntropyOptions()
-        one, other = (
-            functional.linear_cross_entropy(a / TEMPERATURE, b, targets, options=options)
-            for a, b in ((query, key), (key, query))
-        )
-        return (one + other) / 2
-
-    def step(loss: Callable[..., torch.Tensor]) -> Step:
-        def work() -> torch.Tensor:
-            query.grad = key.grad = None
-            loss(query, key).backward()
-            assert query.grad is not None
-            return query.grad
-
-        return work
-
-    options: dict[str, Any] = {"temperature": TEMPERATURE, "symmetric": True}
-    steps = {"ours": step(lambda q, k: info_nce(q, k, **options))}
-    cannot = {}
-    if problems == 1:
-        steps["tile loop, plain torch"] = step(lambda q, k: tile_loop_info_nce(q, k, TEMPERATURE))
-        if count > LARGEST_MATRIX:
-            cannot["linear_cross_entropy"] = "left out: takes minutes at this size"
-        elif hasattr(functional, "linear_cross_entropy"):
-            steps["linear_cross_entropy"] = step(by_linear_cross_entropy)
-        else:
-            cannot["linear_cross_entropy"] = f"torch {torch.__version__} does not have it"
-    else:
-        cannot["tile loop, plain torch"] = cannot["linear_cross_entropy"] = "one problem at a time"
-    if problems * count * count <= LARGEST_MATRIX**2:
-        steps["eager"] = step(lambda q, k: info_nce_reference(q, k, **options))
-        steps["torch.compile"] = step(lambda q, k: compiled(q, k, **options))
-    else:
-        cannot["eager"] = cannot["torch.compile"] = f"holds the matrix, {4 * count**2 / 1e9:.0f} GB, several times"
+    query, key = (place.randn(*sizes) for _ in range(2))
     pairs = problems * count * count
-    return Case("info_nce, symmetric", shape, "float32", steps, 8.0 * pairs * channels, 2.0 * pairs, cannot)
+
+    def eager() -> Loss:
+        place.check_holds(pairs, "the matrix")
+        return lambda q, k: info_nce_reference(q, k, **OPTIONS)
+
+    def compiled() -> Loss:
+        place.check_holds(pairs, "the matrix")
+        loss = torch.compile(info_nce_reference)
+        return lambda q, k: loss(q, k, **OPTIONS)
+
+    def for_one_problem(name: str, loss: Callable[[], Loss]) -> Callable[[], Loss]:
+        def make() -> Loss:
+            if problems > 1:
+                raise Cannot("one problem at a time")
+            if place.device.type == "cpu" and count > LARGEST.get(name, count):
+                raise Cannot("left out: takes too long at this size")
+            return loss()
+
+        return make
+
+    one_at_a_time: dict[str, Callable[[], Loss]] = {
+        "tile loop, plain torch": lambda: lambda q, k: tile_loop_info_nce(q, k, TEMPERATURE),
+        "linear_cross_entropy": lambda: linear_cross_entropy_info_nce(TEMPERATURE),
+        "KeOps": lambda: keops_info_nce(TEMPERATURE),
+        "flex_attention": lambda: flex_attention_info_nce(TEMPERATURE, place.device),
+        "inf-cl": lambda: inf_cl_info_nce(TEMPERATURE, place.device),
+    }
+    rivals = {name: for_one_problem(name, loss) for name, loss in one_at_a_time.items()}
+    rivals |= {"eager": eager, "torch.compile": compiled}
+    steps, cannot = {"ours": gradients_of(lambda q, k: info_nce(q, k, **OPTIONS), query, key)}, {}
+    for name, make in rivals.items():
+        try:
+            steps[name] = gradients_of(make(), query, key)
+        except Cannot as why:
+            cannot[name] = str(why)
+    return Case("info_nce, symmetric", shape, place.dtype_name, steps, 8.0 * pairs * channels, 2.0 * pairs, cannot)

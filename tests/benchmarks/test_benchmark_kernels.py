@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from voxtrast.benchmarks.harness import Case, Rates, append, measure_rates, peak_beyond_mb, run, table
-from voxtrast.benchmarks.kernels import bank_info_nce, info_nce, positional_info_nce
+from voxtrast.benchmarks.harness import CPU, Cannot, Case, Rates, append, measure_rates, peak_beyond_mb, run, table
+from voxtrast.benchmarks.kernels import bank_info_nce, info_nce, nt_xent, peers, positional_info_nce
 
 RATES = Rates(flops=1e11, exponentials=1e9)
 
@@ -17,6 +17,7 @@ RATES = Rates(flops=1e11, exponentials=1e9)
     [
         (info_nce, {"problems": 1, "N": 96, "C": 16}),
         (info_nce, {"problems": 3, "N": 8, "C": 16}),
+        (nt_xent, {"images": 24, "C": 16}),
         (positional_info_nce, {"problems": 3, "N": 8, "C": 16}),
         (bank_info_nce, {"N": 8, "K": 40, "C": 16, "fixed_normalizer": 0}),
         (bank_info_nce, {"N": 8, "K": 40, "C": 16, "fixed_normalizer": 1}),
@@ -37,10 +38,35 @@ def test_all_providers_of_a_case_agree(module, shape: dict[str, int], tmp_path: 
     assert [json.loads(line)["op"] for line in file.read_text().splitlines()] == [line["op"] for line in lines] * 2
 
 
-def test_a_provider_that_computes_something_else_is_refused() -> None:
-    steps = {"ours": lambda: torch.ones(3), "wrong": lambda: torch.tensor([1.0, 1.0, 1.1])}
-    with pytest.raises(AssertionError, match=r"wrong differs by 1\.0e-01"):
-        run(Case("op", {"N": 1}, "float32", steps, 1.0, 1.0), RATES, most_rounds=1)
+def test_a_provider_that_fails_or_computes_something_else_gets_no_time() -> None:
+    def broken() -> list[torch.Tensor]:
+        raise RuntimeError("no such kernel\nand a long story")
+
+    steps = {"ours": lambda: [torch.ones(3)], "wrong": lambda: [torch.tensor([1.0, 1.0, 1.1])], "broken": broken}
+    lines = run(Case("op", {"N": 1}, "float32", steps, 1.0, 1.0), RATES, most_rounds=1)
+    assert [line.get("cannot") for line in lines] == [
+        None,
+        "refused: differs by 1.0e-01 of the largest gradient",
+        "fails: RuntimeError: no such kernel",
+    ]
+
+
+def test_a_gradient_that_is_not_a_number_is_refused() -> None:
+    wrong = [torch.ones(2), torch.tensor([1.0, torch.nan])]
+    steps = {"ours": lambda: [torch.ones(2)] * 2, "wrong": lambda: wrong}
+    lines = run(Case("op", {"N": 1}, "float32", steps, 1.0, 1.0), RATES, most_rounds=1)
+    assert lines[1]["cannot"].startswith("refused: differs by nan")
+
+
+def test_a_peer_that_cannot_be_had_is_named_with_the_reason() -> None:
+    with pytest.raises(Cannot, match="no_such_library is not installed"):
+        peers.imported("no_such_library.losses", "Loss")
+    with pytest.raises(Cannot, match=r"import torch: .* no attribute 'no_such_loss'"):
+        peers.imported("torch", "no_such_loss")
+    with pytest.raises(Cannot, match="needs a GPU"):
+        peers.inf_cl_info_nce(0.1, torch.device("cpu"))
+    with pytest.raises(Cannot, match="holds the matrix, 17 GB, several times"):
+        CPU.check_holds(65536**2, "the matrix")
 
 
 def test_rates_and_peaks_are_measured() -> None:
