@@ -1,12 +1,14 @@
-"""python -m voxtrast.benchmarks.kernels [--op NAME] [--quick] [--output FILE]"""
+"""python -m voxtrast.benchmarks.kernels [--op NAME] [--quick] [--output FILE] [--plot FILE]"""
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..harness import REFUSED, append, machine, measure_rates, peak_beyond_mb, peak_memory_mb, run, table
 from . import bank_info_nce, info_nce, nt_xent, positional_info_nce
+from .plot import draw, read_lines
 
 OPS = {
     "info_nce": info_nce,
@@ -22,13 +24,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--op", choices=sorted(OPS), help="one operator; default: all")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.add_argument("--output", type=Path, metavar="FILE", help="append the JSON lines to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw symmetric InfoNCE of --output, or of this run")
     parser.add_argument("--memory", help=argparse.SUPPRESS)  # one step of one provider, in a process of its own
     chosen = parser.parse_args(arguments)
+    if chosen.plot and not chosen.output and chosen.op not in (None, "info_nce"):
+        parser.error(f"--plot draws info_nce, and --op {chosen.op} measures none of it")
     if chosen.memory:
         return _memory(**json.loads(chosen.memory))
     about = machine()
     print(about["device"])
-    refused = False
+    written: list[dict[str, Any]] = []
     for name in [chosen.op] if chosen.op else OPS:
         for shape in OPS[name].cases(chosen.quick):
             rates = measure_rates()  # anew for every size: shared machines change their pace
@@ -37,15 +42,18 @@ def main(arguments: list[str] | None = None) -> int:
                 line["peak_memory_mb"] = (
                     None if "cannot" in line else peak_memory_mb(MODULE, name, shape, line["provider"])
                 )
-            refused |= any(line.get("cannot", "").startswith(REFUSED) for line in lines)
             print(table(lines))
             print(
                 f"  rates: product {rates.flops / 1e9:.0f} GFLOP/s, exponential {rates.exponentials / 1e9:.2f} G/s",
                 flush=True,
             )
+            records = [{**about, **line, "rates": vars(rates)} for line in lines]
+            written += records
             if chosen.output:
-                append(({**about, **line, "rates": vars(rates)} for line in lines), chosen.output)
-    return 1 if refused else 0
+                append(records, chosen.output)
+    if chosen.plot:
+        draw(read_lines(chosen.output) if chosen.output else written, chosen.plot)
+    return 1 if any(line.get("cannot", "").startswith(REFUSED) for line in written) else 0
 
 
 def _memory(op: str, shape: dict[str, int], provider: str) -> int:
