@@ -7,7 +7,8 @@ import torch
 
 from voxtrast.kernels import bank_info_nce, bank_info_nce_reference, bank_nce, bank_nce_reference
 
-from ..harness import CPU, Case, Place, gradients_of
+from ..harness import Case, gradients_of
+from ..place import CPU, Place
 
 
 def cases(quick: bool, place: Place = CPU) -> list[dict[str, int]]:
@@ -23,8 +24,13 @@ def build(shape: dict[str, int], place: Place = CPU) -> Case:
         (bank_nce, bank_nce_reference) if shape["fixed_normalizer"] else (bank_info_nce, bank_info_nce_reference)
     )
     options: dict[str, Any] = {"normalizer": 1.0} if shape["fixed_normalizer"] else {}
-    losses = {"ours": pair[0], "eager": pair[1], "torch.compile": torch.compile(pair[1])}
+    plain_type = "" if place.dtype == torch.float32 else ", float32"  # the plain forms compute in it whatever they get
+    losses = {
+        "ours": pair[0],
+        f"eager{plain_type}": pair[1],
+        f"torch.compile{plain_type}": torch.compile(pair[1], dynamic=False),
+    }
     steps = {name: gradients_of(partial(loss, **options), query, key, bank) for name, loss in losses.items()}
     pairs = count * size
     op = "bank_nce" if shape["fixed_normalizer"] else "bank_info_nce"
-    return Case(op, shape, place.dtype_name, steps, 6.0 * pairs * channels, 2.0 * pairs)
+    return Case(op, shape, place, steps, 6.0 * pairs * channels, 2.0 * pairs)

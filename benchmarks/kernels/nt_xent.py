@@ -12,21 +12,24 @@ from torch.nn import functional
 
 from voxtrast.kernels import positional_info_nce
 
-from ..harness import CPU, Cannot, Case, Place, gradients_of
-from .peers import Loss, lightly_nt_xent, metric_learning_nt_xent, monai_nt_xent
+from ..harness import Case, gradients_of
+from ..place import CPU, Cannot, Place
+from .peers import Loss, lightly_nt_xent, metric_learning_nt_xent, monai_nt_xent, unit
+from .positional_info_nce import work_of_a_set_with_itself
 
 TEMPERATURE = 0.1
 
 
 def cases(quick: bool, place: Place = CPU) -> list[dict[str, int]]:
-    return [{"images": n, "C": 128} for n in ([128] if quick else [128, 1024, 4096])]
+    sizes = [1024, 4096, 32768] if place.on_gpu else [128, 1024, 4096]
+    return [{"images": n, "C": 128} for n in (sizes[:1] if quick else sizes)]
 
 
 def plain_nt_xent(first: Tensor, second: Tensor) -> Tensor:
     """As SimCLR's users write it."""
-    vectors = functional.normalize(torch.cat((first, second)), dim=-1)
+    vectors = unit(torch.cat((first, second)))
     count = len(vectors)
-    logits = vectors @ vectors.T / TEMPERATURE
+    logits = (vectors / TEMPERATURE) @ vectors.T
     logits = logits.masked_fill(torch.eye(count, dtype=torch.bool, device=logits.device), -torch.inf)
     return functional.cross_entropy(logits.float(), torch.arange(count, device=logits.device).roll(count // 2))
 
@@ -46,7 +49,7 @@ def build(shape: dict[str, int], place: Place = CPU) -> Case:
     # What a provider holds several times, in numbers, and who provides it.
     rivals: dict[str, tuple[int, str, Callable[[], Loss]]] = {
         "eager": (pairs, "2N x 2N", lambda: plain_nt_xent),
-        "torch.compile": (pairs, "2N x 2N", lambda: torch.compile(plain_nt_xent)),
+        "torch.compile": (pairs, "2N x 2N", lambda: torch.compile(plain_nt_xent, dynamic=False)),
         "MONAI": (pairs * channels, "2N x 2N x C", lambda: monai_nt_xent(TEMPERATURE)),
         "lightly": (pairs, "2N x 2N", lambda: lightly_nt_xent(TEMPERATURE)),
         "metric learning, SupCon": (pairs, "2N x 2N", lambda: metric_learning_nt_xent(TEMPERATURE, "SupConLoss")),
@@ -62,5 +65,5 @@ def build(shape: dict[str, int], place: Place = CPU) -> Case:
             steps[name] = gradients_of(make(), first, second)
         except Cannot as why:
             cannot[name] = str(why)
-    # A set with itself: half of the products forward, and one of two backward.
-    return Case("nt_xent", shape, place.dtype_name, steps, 4.0 * pairs * channels, 1.0 * pairs, cannot)
+    flops, exponentials = work_of_a_set_with_itself(pairs, channels, place)
+    return Case("nt_xent", shape, place, steps, flops, exponentials, cannot)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..harness import Cannot
+from ..place import Cannot
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

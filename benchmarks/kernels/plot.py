@@ -35,6 +35,7 @@ def newest(lines: Iterable[Line]) -> list[Line]:
     for line in timed:
         sizes.setdefault(line["shape"]["C"], set()).add(line["shape"]["N"])
     channels = max(sizes, key=lambda number: (len(sizes[number]), -number))
+    timed = [{**line, "provider": line["provider"].partition(", tiles of")[0]} for line in timed]
     chosen = {(line["provider"], line["shape"]["N"]): line for line in timed if line["shape"]["C"] == channels}
     return sorted(chosen.values(), key=lambda line: int(line["shape"]["N"]))
 

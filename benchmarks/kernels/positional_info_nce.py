@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from voxtrast.kernels import positional_info_nce, positional_info_nce_reference
 
-from ..harness import CPU, Case, Place, gradients_of
+from ..harness import Case, gradients_of
+from ..place import CPU, Place
 
 TEMPERATURE, THRESHOLD = 0.1, 0.1
 
@@ -20,7 +21,7 @@ def cases(quick: bool, place: Place = CPU) -> list[dict[str, int]]:
 def one_call_a_pixel(features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """As the official code does it: a Python loop over the pixels, each with its own masks."""
     total = features.new_zeros(())
-    for vectors in features:
+    for vectors in features.float():
         unit = functional.normalize(vectors, dim=-1)
         logits = unit @ unit.T / TEMPERATURE
         near = ((positions[:, None] - positions[None, :]).abs() < THRESHOLD).float()
@@ -38,15 +39,22 @@ def build(shape: dict[str, int], place: Place = CPU) -> Case:
     features = place.randn(problems, count, channels)
     positions = torch.rand(count // 2, device=place.device).repeat(2)
     options: dict[str, Any] = {"threshold": THRESHOLD, "temperature": TEMPERATURE}
-    compiled = torch.compile(positional_info_nce_reference)
+    compiled = torch.compile(positional_info_nce_reference, dynamic=False)
 
+    plain_type = "" if place.dtype == torch.float32 else ", float32"  # the plain forms compute in it whatever they get
     losses: dict[str, Callable[..., torch.Tensor]] = {
         "ours": lambda x: positional_info_nce(x, positions, **options),
-        "eager, all pixels": lambda x: positional_info_nce_reference(x, positions, **options),
-        "torch.compile": lambda x: compiled(x, positions, **options),
-        "a call a pixel": lambda x: one_call_a_pixel(x, positions),
+        f"eager, all pixels{plain_type}": lambda x: positional_info_nce_reference(x, positions, **options),
+        f"torch.compile{plain_type}": lambda x: compiled(x, positions, **options),
+        f"a call a pixel{plain_type}": lambda x: one_call_a_pixel(x, positions),
     }
     steps = {name: gradients_of(loss, features) for name, loss in losses.items()}
     pairs = problems * count * count
-    # A set with itself: half of the products forward, and one of two backward.
-    return Case("positional_info_nce", shape, place.dtype_name, steps, 4.0 * pairs * channels, 1.0 * pairs)
+    return Case("positional_info_nce", shape, place, steps, *work_of_a_set_with_itself(pairs, channels, place))
+
+
+def work_of_a_set_with_itself(pairs: int, channels: int, place: Place) -> tuple[float, float]:
+    """Floating-point operations and exponentials, forward and backward. The matrix is symmetric and one gradient of two
+    is enough; panels that meet in rounds compute half of it, independent blocks compute each its rows."""
+    products, exponentials = (3, 2) if place.on_gpu else (2, 1)
+    return 2.0 * products * pairs * channels, float(exponentials * pairs)
