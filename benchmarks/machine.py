@@ -57,16 +57,20 @@ def _rates_of_gpu(place: Place) -> Rates:
 
 
 def machine(place: Place = CPU) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or None,
+        "commit": os.environ.get("VOXTRAST_COMMIT") or _described_commit(),
         **(_gpu(place) if place.on_gpu else _processor()),
         "load": os.getloadavg()[0],
         "versions": _versions(),
     }
+
+
+def _described_commit() -> str | None:
+    if not shutil.which("git"):
+        return None
+    words = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
 
 
 def _processor() -> dict[str, Any]:
