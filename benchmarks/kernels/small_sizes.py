@@ -5,21 +5,19 @@ python -m voxtrast.benchmarks.kernels.small_sizes [--device cuda]
 
 import argparse
 import sys
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from voxtrast.kernels import bank_info_nce, bank_nce, info_nce, pairwise_logsumexp, positional_info_nce
 
-from ..harness import gradients_of
+from ..harness import Step, gradients_of
 from ..place import DTYPES, Place, choose_place
 
 SIZES = ((1, 1, 16), (2, 33, 40), (1, 130, 64), (1, 257, 128))  # problems, N, C: below, at and above any tile
 
 
-def operators(place: Place, problems: int, count: int, channels: int) -> dict[str, tuple[Callable[..., Tensor], ...]]:
-    """By name: the loss and its inputs."""
+def steps(place: Place, problems: int, count: int, channels: int) -> dict[str, Step]:
     query, key = (place.randn(problems, count, channels) for _ in range(2))
     bank = place.randn(2 * count + 1, channels, requires_grad=False)
     one, other = (place.randn(count, channels) for _ in range(2))
@@ -31,14 +29,14 @@ def operators(place: Place, problems: int, count: int, channels: int) -> dict[st
         return rows.sum() + columns.sum()
 
     return {
-        "info_nce": (lambda q, k: info_nce(q, k), query, key),
-        "info_nce, symmetric": (lambda q, k: info_nce(q, k, symmetric=True), query, key),
-        "info_nce, negatives": (lambda q, k: info_nce(q, k, negatives=key.detach()), query, key),
-        "pairwise_logsumexp": (both_ways, query, key),
-        "pairwise_logsumexp, one set": (lambda q: pairwise_logsumexp(q, q, scale=2.0).sum(), query),
-        "positional_info_nce": (lambda x: positional_info_nce(x, positions, threshold=0.5), several),
-        "bank_info_nce": (lambda q, k: bank_info_nce(q, k, bank), one, other),
-        "bank_nce": (lambda q, k: bank_nce(q, k, bank, normalizer=1.0), one, other),
+        "info_nce": gradients_of(info_nce, query, key),
+        "info_nce, symmetric": gradients_of(lambda q, k: info_nce(q, k, symmetric=True), query, key),
+        "info_nce, negatives": gradients_of(lambda q, k: info_nce(q, k, negatives=key.detach()), query, key),
+        "pairwise_logsumexp": gradients_of(both_ways, query, key),
+        "pairwise_logsumexp, one set": gradients_of(lambda q: both_ways(q, q), query),
+        "positional_info_nce": gradients_of(lambda x: positional_info_nce(x, positions, threshold=0.5), several),
+        "bank_info_nce": gradients_of(lambda q, k: bank_info_nce(q, k, bank), one, other),
+        "bank_nce": gradients_of(lambda q, k: bank_nce(q, k, bank, normalizer=1.0), one, other),
     }
 
 
@@ -51,9 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         place = choose_place(chosen.device, dtype)
         for size in SIZES:
             torch.manual_seed(0)
-            for name, (loss, *inputs) in operators(place, *size).items():
-                finite = all(bool(gradient.isfinite().all()) for gradient in gradients_of(loss, *inputs)())
-                if not finite:
+            for name, step in steps(place, *size).items():
+                if not all(gradient.isfinite().all() for gradient in step()):
                     wrong += 1
                     print(f"{name} {size} {dtype}: a gradient is not finite")
         print(place.device, dtype, "done", flush=True)
