@@ -27,6 +27,7 @@ LARGEST = {
     "cpu": {"linear_cross_entropy": 20_000, "KeOps": 2048},
     "cuda": {"linear_cross_entropy": 300_000, "KeOps": 100_000, "flex_attention": 300_000, "inf-cl": 300_000},
 }
+MANY_AT_ONCE = ("eager", "torch.compile", "KeOps")
 MANY_SMALL = {"problems": 1024, "N": 32, "C": 128}
 
 
@@ -58,17 +59,9 @@ def build(shape: dict[str, int], place: Place = CPU) -> Case:
         place.check_holds(pairs, "the matrix")
         return loss
 
-    def for_one_problem(name: str, loss: Callable[[], Loss]) -> Callable[[], Loss]:
-        def make() -> Loss:
-            if problems > 1:
-                raise Cannot("one problem at a time")
-            if count > LARGEST[place.device.type].get(name, count):
-                raise Cannot("left out: takes too long at this size")
-            return loss()
-
-        return make
-
-    one_at_a_time: dict[str, Callable[[], Loss]] = {
+    rivals: dict[str, Callable[[], Loss]] = {
+        "eager": lambda: whole(eager_info_nce),
+        "torch.compile": lambda: whole(torch.compile(eager_info_nce, dynamic=False)),
         "linear_cross_entropy": lambda: linear_cross_entropy_info_nce(TEMPERATURE),
         "KeOps": lambda: keops_info_nce(TEMPERATURE),
         "flex_attention": lambda: flex_attention_info_nce(TEMPERATURE, place.device),
@@ -77,15 +70,16 @@ def build(shape: dict[str, int], place: Place = CPU) -> Case:
     if place.on_gpu and problems == 1:
         tile = best_tile(query, key, TEMPERATURE, place)
         name = f"{TILE_LOOP}, tiles of {tile}"
-        one_at_a_time[name] = lambda: lambda q, k: compiled_tile_loop_info_nce(q, k, TEMPERATURE, tile)
+        rivals[name] = lambda: lambda q, k: compiled_tile_loop_info_nce(q, k, TEMPERATURE, tile)
     else:
-        one_at_a_time[TILE_LOOP] = lambda: lambda q, k: tile_loop_info_nce(q, k, TEMPERATURE)
-    rivals = {name: for_one_problem(name, loss) for name, loss in one_at_a_time.items()}
-    rivals["eager"] = lambda: whole(eager_info_nce)
-    rivals["torch.compile"] = lambda: whole(torch.compile(eager_info_nce, dynamic=False))
+        rivals[TILE_LOOP] = lambda: lambda q, k: tile_loop_info_nce(q, k, TEMPERATURE)
     steps, cannot = {"ours": gradients_of(lambda q, k: info_nce(q, k, **OPTIONS), query, key)}, {}
     for name, make in rivals.items():
         try:
+            if problems > 1 and name not in MANY_AT_ONCE:
+                raise Cannot("one problem at a time")
+            if count > LARGEST[place.device.type].get(name, count):
+                raise Cannot("left out: takes too long at this size")
             steps[name] = gradients_of(make(), query, key)
         except Cannot as why:
             cannot[name] = str(why)
