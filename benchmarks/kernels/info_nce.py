@@ -22,7 +22,7 @@ from .tile_loop import best_tile, compiled_tile_loop_info_nce, tile_loop_info_nc
 TEMPERATURE = 0.1
 TILE_LOOP = "tile loop, plain torch"
 OPTIONS: dict[str, Any] = {"temperature": TEMPERATURE, "symmetric": True}
-# N, by kind of device: beyond, a step takes ten seconds or more.
+# Vectors in a set, by kind of device: beyond, a step takes ten seconds or more.
 LARGEST = {
     "cpu": {"linear_cross_entropy": 20_000, "KeOps": 2048},
     "cuda": {"linear_cross_entropy": 300_000, "KeOps": 100_000, "flex_attention": 300_000, "inf-cl": 300_000},
@@ -78,7 +78,7 @@ def build(shape: dict[str, int], place: Place = CPU) -> Case:
         try:
             if problems > 1 and name not in MANY_AT_ONCE:
                 raise Cannot("one problem at a time")
-            if count > LARGEST[place.device.type].get(name, count):
+            if problems * count > LARGEST[place.device.type].get(name, problems * count):
                 raise Cannot("left out: takes too long at this size")
             steps[name] = gradients_of(make(), query, key)
         except Cannot as why:
