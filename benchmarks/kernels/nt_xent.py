@@ -21,7 +21,7 @@ TEMPERATURE = 0.1
 
 
 def cases(quick: bool, place: Place = CPU) -> list[dict[str, int]]:
-    sizes = [1024, 4096, 32768] if place.on_gpu else [128, 1024, 4096]
+    sizes = [1024, 4096, 32768] if place.on_gpu else [128, 512, 4096]
     return [{"images": n, "C": 128} for n in (sizes[:1] if quick else sizes)]
 
 
