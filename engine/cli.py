@@ -138,7 +138,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show all settings o
 def bench(
     context: typer.Context, what: Annotated[str, typer.Argument(help="kernels: the fused operators.")] = "kernels"
 ) -> None:
-    """Measure speed and memory beside what one would otherwise pick: kernels [--op NAME] [--quick] [--output FILE]."""
+    """Measure speed and memory beside what one would otherwise pick: kernels --help says what can be chosen."""
     if what != "kernels":
         raise UserError(f"bench {what}: unknown; this version measures kernels")
     sys.argv = [f"voxtrast bench {what}", *context.args]

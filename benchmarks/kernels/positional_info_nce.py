@@ -8,23 +8,24 @@ from torch.nn import functional
 
 from voxtrast.kernels import positional_info_nce, positional_info_nce_reference
 
-from ..harness import Case, Step
+from ..harness import Case, gradients_of
+from ..place import CPU, Place
 
 TEMPERATURE, THRESHOLD = 0.1, 0.1
 
 
-def cases(quick: bool) -> list[dict[str, int]]:
+def cases(quick: bool, place: Place = CPU) -> list[dict[str, int]]:
     return [{"problems": 256 if quick else 1024, "N": 32, "C": 128}]
 
 
 def one_call_a_pixel(features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """As the official code does it: a Python loop over the pixels, each with its own masks."""
     total = features.new_zeros(())
-    for vectors in features:
+    for vectors in features.float():
         unit = functional.normalize(vectors, dim=-1)
         logits = unit @ unit.T / TEMPERATURE
         near = ((positions[:, None] - positions[None, :]).abs() < THRESHOLD).float()
-        others = 1 - torch.eye(len(unit))
+        others = 1 - torch.eye(len(unit), device=unit.device)
         near = near * others
         logits = logits - logits.max(dim=1, keepdim=True).values.detach()
         log_share = logits - (logits.exp() * others).sum(1, keepdim=True).log()
@@ -32,29 +33,28 @@ def one_call_a_pixel(features: torch.Tensor, positions: torch.Tensor) -> torch.T
     return total / len(features)
 
 
-def build(shape: dict[str, int]) -> Case:
+def build(shape: dict[str, int], place: Place = CPU) -> Case:
     problems, count, channels = shape["problems"], shape["N"], shape["C"]
     torch.manual_seed(0)
-    features = torch.randn(problems, count, channels, requires_grad=True)
-    positions = torch.rand(count // 2).repeat(2)
+    features = place.randn(problems, count, channels)
+    positions = torch.rand(count // 2, device=place.device).repeat(2)
     options: dict[str, Any] = {"threshold": THRESHOLD, "temperature": TEMPERATURE}
-    compiled = torch.compile(positional_info_nce_reference)
+    compiled = torch.compile(positional_info_nce_reference, dynamic=False)
 
-    def step(loss: Callable[..., torch.Tensor]) -> Step:
-        def work() -> torch.Tensor:
-            features.grad = None
-            loss(features, positions).backward()
-            assert features.grad is not None
-            return features.grad
-
-        return work
-
-    steps = {
-        "ours": step(lambda x, p: positional_info_nce(x, p, **options)),
-        "eager, all pixels": step(lambda x, p: positional_info_nce_reference(x, p, **options)),
-        "torch.compile": step(lambda x, p: compiled(x, p, **options)),
-        "a call a pixel": step(one_call_a_pixel),
+    plain_type = "" if place.dtype == torch.float32 else ", float32"  # the plain forms compute in it whatever they get
+    losses: dict[str, Callable[..., torch.Tensor]] = {
+        "ours": lambda x: positional_info_nce(x, positions, **options),
+        f"eager, all pixels{plain_type}": lambda x: positional_info_nce_reference(x, positions, **options),
+        f"torch.compile{plain_type}": lambda x: compiled(x, positions, **options),
+        f"a call a pixel{plain_type}": lambda x: one_call_a_pixel(x, positions),
     }
+    steps = {name: gradients_of(loss, features) for name, loss in losses.items()}
     pairs = problems * count * count
-    # A set with itself: half of the products forward, and one of two backward.
-    return Case("positional_info_nce", shape, "float32", steps, 4.0 * pairs * channels, 1.0 * pairs)
+    return Case("positional_info_nce", shape, place, steps, *work_of_a_set_with_itself(pairs, channels, place))
+
+
+def work_of_a_set_with_itself(pairs: int, channels: int, place: Place) -> tuple[float, float]:
+    """Floating-point operations and exponentials, forward and backward. The matrix is symmetric and one gradient of two
+    is enough; panels that meet in rounds compute half of it, independent blocks compute each its rows."""
+    products, exponentials = (3, 2) if place.on_gpu else (2, 1)
+    return 2.0 * products * pairs * channels, float(exponentials * pairs)

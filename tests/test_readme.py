@@ -1,0 +1,55 @@
+"""The scripts of the README that use the losses alone run as they stand, and are right about other libraries."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from voxtrast.benchmarks.kernels.peers import Loss, lightly_nt_xent, monai_nt_xent
+from voxtrast.benchmarks.place import Cannot
+
+README = Path(__file__).parent.parent / "README.md"
+SCRIPTS = [
+    script
+    for script in re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    if "voxtrast.engine" not in script
+]
+
+
+def test_all_three_scripts_are_found() -> None:
+    assert len(SCRIPTS) == 3
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=range(len(SCRIPTS)))
+def test_a_script_of_the_readme_runs(script: str) -> None:
+    torch.manual_seed(0)
+    exec(compile(script, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("make", [monai_nt_xent, lightly_nt_xent])
+@pytest.mark.parametrize("temperature", [0.5, 0.1])
+@pytest.mark.parametrize("images", [2, 31])
+def test_the_drop_in_has_the_value_and_gradients_of(
+    make: Callable[[float], Loss], temperature: float, images: int
+) -> None:
+    try:
+        theirs = make(temperature)
+    except Cannot as why:
+        pytest.skip(str(why))
+    of_readme: dict[str, Any] = {}
+    exec(compile(SCRIPTS[2], "README.md", "exec"), of_readme)
+    torch.manual_seed(0)
+    views = [torch.randn(images, 24, requires_grad=True) for _ in range(2)]
+
+    def found(loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        value = loss(*views)
+        return value, *torch.autograd.grad(value, views)
+
+    expected = found(theirs)
+    torch.testing.assert_close(
+        found(lambda first, second: of_readme["nt_xent"](first, second, temperature)), expected, rtol=1e-5, atol=1e-6
+    )
