@@ -251,3 +251,15 @@ def test_wrong_arguments_are_named(change: dict, error: type[Exception], words: 
     good = {"query": torch.zeros(3, 4), "key": torch.zeros(5, 4), "scale": 1.0}
     with pytest.raises(error, match=words):
         pairwise_logsumexp(**{**good, **change})
+
+
+def test_more_than_two_to_the_31_pairs() -> None:
+    """Half of the vectors one way and half the other: every log-sum-exp is known."""
+    count, scale = 46_400, 5.0
+    assert count**2 > 2**31
+    vectors = torch.zeros(count, 4)
+    vectors[:, 0] = torch.where(torch.arange(count) < count // 2, 1.0, -1.0)
+    expected = math.log(count / 2 * (math.exp(scale) + math.exp(-scale)))
+    row, column = pairwise_logsumexp(vectors, vectors.clone(), scale=scale, columns=True)
+    for found in (row, column):
+        torch.testing.assert_close(found, torch.full_like(found, expected), rtol=1e-6, atol=0.0)
