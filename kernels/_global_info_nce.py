@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from ._ranks import check_equal_sizes, gather
 from .pairwise_logsumexp import pairwise_gradients
 
 
@@ -25,42 +26,10 @@ def global_info_nce(
         query, key: (B, N, C), one type, N and B the same on every rank.
         negatives: (B, K, C) further negatives of the own queries alone.
     """
-    _check_equal_sizes(query, group)
+    check_equal_sizes("query", query, group)
     extra = key.new_empty((key.shape[0], 0, key.shape[2])) if negatives is None else negatives
     losses: Tensor = _GlobalInfoNCE.apply(query, key, extra, scale, symmetric, normalize, group)
     return losses
-
-
-def ranks_of(group: Any) -> int:
-    """How many ranks share the batch. Raises ValueError where there is no process group."""
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError("group: torch.distributed is not initialised; call init_process_group first, or leave it out")
-    if dist.get_rank(group) < 0:
-        raise ValueError("group: this process is no member of it")
-    return dist.get_world_size(group)
-
-
-def sum_over_ranks(value: Tensor, group: Any) -> Tensor:
-    """The sum over the ranks, without gradient."""
-    total = value.detach().clone()
-    dist.all_reduce(total, group=group)
-    return total
-
-
-def _check_equal_sizes(query: Tensor, group: Any) -> None:
-    sizes = torch.tensor(query.shape, dtype=torch.int64, device=query.device)
-    everywhere = [torch.empty_like(sizes) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everywhere, sizes, group=group)
-    found = [tuple(each.tolist()) for each in everywhere]
-    if len(set(found)) > 1:
-        raise ValueError(f"query: expected the same shape on every rank of group, got {found}; drop the last batch")
-
-
-def _gather(tensor: Tensor, group: Any) -> Tensor:
-    """The tensors (B, N, ...) of all ranks, one after the other along N."""
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
-    return torch.cat(parts, dim=1)
 
 
 class _GlobalInfoNCE(torch.autograd.Function):
@@ -76,11 +45,11 @@ class _GlobalInfoNCE(torch.autograd.Function):
         group: Any,
     ) -> Tensor:
         count, offset = key.shape[1], dist.get_rank(group) * key.shape[1]
-        keys = torch.cat((_gather(key, group), extra), dim=1)
+        keys = torch.cat((gather(key, group), extra), dim=1)
         losses, row, column, positive = torch.ops.voxtrast.info_nce(query, keys, scale, offset, symmetric, normalize)
         if symmetric:
             everybody = count * dist.get_world_size(group)
-            parts = _gather(column[:, None, :everybody].contiguous(), group)  # (B, ranks, all keys)
+            parts = gather(column[:, None, :everybody].contiguous(), group)  # (B, ranks, all keys)
             column = functional.pad(parts.logsumexp(1), (0, extra.shape[1]))
             back = functional.softplus(column[:, offset : offset + count] - positive)
             losses = ((functional.softplus(row - positive) + back) / 2).to(losses.dtype)
@@ -102,7 +71,7 @@ class _GlobalInfoNCE(torch.autograd.Function):
             # Every query pulls at every key: the gradients and positives of all ranks are needed.
             grad_positive = grad_positive + grad_row * torch.sigmoid(column[:, own] - positive)
             grad_column, positives = (
-                functional.pad(_gather(each, group), (0, ctx.extra)) for each in (grad_row, positive)
+                functional.pad(gather(each, group), (0, ctx.extra)) for each in (grad_row, positive)
             )
             of_columns = (torch.logaddexp(column, positives), grad_column)
         grad_query, grad_keys, grad_scale = pairwise_gradients(

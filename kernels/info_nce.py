@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ._checks import check_vectors, check_weights
-from ._global_info_nce import global_info_nce, ranks_of, sum_over_ranks
+from ._global_info_nce import global_info_nce
+from ._ranks import ranks_of, sum_over_ranks
 from ._registration import (
     gradients_by_reference,
     needs_functional_reference,
@@ -88,7 +89,7 @@ def info_nce(
         local, theirs = (as_problems(vectors.to(common)) for vectors in (query, key))
         extra = None if negatives is None else as_problems(negatives.to(common))
         losses = global_info_nce(local, theirs, extra, scale, symmetric, normalize, group)
-        return _reduce_over_ranks(losses.reshape(query.shape[:-1]), weights, reduction, group)
+        return reduce_over_ranks(losses.reshape(query.shape[:-1]), weights, reduction, group)
     if needs_functional_reference() or torch.float64 in (common, scale.dtype):
         losses = _losses(query, keys, scale, 0, symmetric, normalize)
     else:
@@ -153,7 +154,7 @@ def reduce_losses(losses: Tensor, weights: Tensor | None, reduction: str) -> Ten
     return weighed.sum() / torch.where(total == 0, 1, total)
 
 
-def _reduce_over_ranks(losses: Tensor, weights: Tensor | None, reduction: str, group: Any) -> Tensor:
+def reduce_over_ranks(losses: Tensor, weights: Tensor | None, reduction: str, group: Any) -> Tensor:
     """As `reduce_losses`; the mean divides by the ranks' mean sum of weights, so that the mean over ranks is right."""
     if weights is None or reduction != "mean":
         return reduce_losses(losses, weights, reduction)

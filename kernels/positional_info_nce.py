@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ._checks import check_device, check_floating, check_vectors, check_weights
+from ._global_positional_info_nce import global_positional_info_nce
+from ._ranks import ranks_of
 from ._registration import (
     gradients_by_reference,
     needs_functional_reference,
@@ -22,7 +24,7 @@ from ._registration import (
     register_backward,
     register_operator,
 )
-from .info_nce import check_reduction, reduce_losses, scale_of
+from .info_nce import check_reduction, reduce_losses, reduce_over_ranks, scale_of
 from .pairwise_logsumexp import as_problems, similarities, unit_vectors
 
 
@@ -33,6 +35,7 @@ def positional_info_nce(
     threshold: float,
     temperature: float | Tensor = 0.1,
     weights: Tensor | None = None,
+    group: Any = None,
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
@@ -46,6 +49,10 @@ def positional_info_nce(
         temperature: positive; a tensor of shape (1,) gets a gradient where it asks for one.
         weights: (..., N) weight of each vector's loss, not negative, floating or bool; no gradient. A vector of weight
             0 remains a positive or negative of the others.
+        group: a torch.distributed process group: the vectors of all its ranks are positives or negatives of each other.
+            The shapes must be the same on every rank. Each rank gets the loss of its own vectors; the mean of losses
+            and gradients over the ranks, as data parallel training takes it, is that of one process with all vectors.
+            Computed in float32. Not for float64, gradients of gradients and `torch.func`.
         normalize: make every vector unit length first. A vector shorter than 1e-6 becomes zeros and gets no gradient.
         reduction: "mean" over the vectors that have positives (over the sum of their weights), "sum", or "none" for
             (..., N).
@@ -73,7 +80,16 @@ def positional_info_nce(
         check_weights("weights", weights, "features", features)
     check_reduction(reduction)
     scale = scale_of(temperature, features)
-    if needs_functional_reference() or torch.float64 in (features.dtype, scale.dtype):
+    # (P, N): one row for all problems where they share their positions, or one for each.
+    where = positions.detach().to(torch.float32).reshape(-1, features.shape[-2])
+    by_reference = needs_functional_reference() or torch.float64 in (features.dtype, scale.dtype)
+    if group is not None and ranks_of(group) > 1:
+        if by_reference:
+            raise ValueError("group: works in float32, bfloat16 and float16, outside the transforms of torch.func")
+        losses, near = global_positional_info_nce(as_problems(features), where, threshold, scale, normalize, group)
+        share = _share(near.reshape(features.shape[:-1]), weights)
+        return reduce_over_ranks(losses.reshape(features.shape[:-1]), share, reduction, group)
+    if by_reference:
         return positional_info_nce_reference(
             features,
             positions,
@@ -83,10 +99,8 @@ def positional_info_nce(
             normalize=normalize,
             reduction=reduction,
         )
-    # (P, N): one order for all problems where they share their positions, or one for each.
-    where = positions.detach().to(torch.float32).reshape(-1, features.shape[-2])
     order = where.argsort(dim=-1, stable=True)
-    first, last = _ranges(where.gather(-1, order), threshold)
+    first, last = ranges(where.gather(-1, order), threshold)
     problems = as_problems(features)
     losses, _ = torch.ops.voxtrast.positional_info_nce(problems, order, first, last, scale, normalize)
     has_positives = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, last - first > 1)
@@ -123,7 +137,7 @@ def _share(has_positives: Tensor, weights: Tensor | None) -> Tensor:
     return has_positives if weights is None else torch.where(has_positives, weights.detach(), 0)
 
 
-def _ranges(positions: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def ranges(positions: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """For each of the sorted positions (..., N) the first index and the index after the last that is nearer than the
     threshold. Bisection on the predicate: a search for position - threshold would round otherwise than it does."""
     count = positions.shape[-1]
