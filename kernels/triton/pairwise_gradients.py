@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 
 from .pairwise_sums import LARGEST_SHIFT, LOG2E, crossing, products
+from .pairwise_vectors import SIZES
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
     own_ptr,  # (batch, own_padded, WIDTH)
     other_ptr,  # (batch, other_padded, WIDTH)

@@ -9,6 +9,8 @@ memory, (groups, batch, padded), and `merge_kernel` adds them in one order: no a
 import triton
 import triton.language as tl
 
+from .pairwise_vectors import SIZES
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # 2^-122 is a normal number of float32: a constant shift, in powers of two, may be half of that.
 LARGEST_SHIFT: tl.constexpr = tl.constexpr(61.0)
@@ -45,7 +47,7 @@ def softplus2(x):
     return tl.maximum(x, 0.0) + tl.where(t < 0.0625, series * LOG2E, tl.log2(1.0 + t))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sums_kernel(
     fixed_ptr,  # (batch, fixed_padded, WIDTH)
     passing_ptr,  # (batch, passing_padded, WIDTH)
@@ -176,7 +178,7 @@ def sums_kernel(
             tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
     sums_ptr,  # (groups, batch, padded) float32
     maxima_ptr,  # the same
@@ -213,7 +215,7 @@ def merge_kernel(
     tl.store(lse_ptr + problem * count + row, highest + tl.log(total), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def range_means_kernel(
     vectors_ptr,  # (batch, padded, WIDTH)
     remainder_ptr,  # (batch, padded) float32, where EXACT

@@ -8,6 +8,11 @@ and two, and the rest of the factor (`remainder`) is applied to the similarities
 import triton
 import triton.language as tl
 
+# Another number of vectors must not mean another compilation of seconds.
+SIZES = [
+    *("batch", "count", "padded", "channels", "orders", "splits", "groups", "rows", "columns", "offset", "diagonal"),
+    *(f"{side}_{size}" for side in ("fixed", "passing", "own", "other") for size in ("count", "padded", "groups")),
+]
 MINIMUM_SQUARE: tl.constexpr = tl.constexpr(1e-12)  # of MINIMUM_NORM in kernels/pairwise_logsumexp.py
 
 
@@ -21,7 +26,7 @@ def inverse_length(values):
     return tl.where(short, 0.0, inverse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pack_kernel(
     given_ptr,  # (batch, count, channels)
     order_ptr,  # (orders, count) int64, where ORDERED: row n is the vector order[n]
@@ -66,7 +71,7 @@ def pack_kernel(
     tl.store(packed, values.to(packed_ptr.dtype.element_ty), mask=(channel < WIDTH)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def unpack_kernel(
     partial_ptr,  # (splits, batch, padded, WIDTH) float32: sum_j G_ij y_j
     given_ptr,  # (batch, count, channels): the vectors x_i
@@ -116,7 +121,7 @@ def unpack_kernel(
     tl.store(gradient_ptr + place, gradient.to(gradient_ptr.dtype.element_ty), mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def paired_kernel(
     query_ptr,  # (batch, rows, channels)
     key_ptr,  # (batch, columns, channels)

@@ -35,8 +35,6 @@ def compiled(kernel: str, architecture: int, dtype: str, options: dict[str, Any]
             attributes[(position,)] = ALIGNED
         else:
             signature[name] = "i32"
-            if name.endswith("_padded"):
-                attributes[(position,)] = ALIGNED
     source = ASTSource(function, signature, constants, attributes)
     return compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
