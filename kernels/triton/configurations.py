@@ -58,7 +58,7 @@ def choose(
     if tuned:
         found = _table(Path(tuned)).get(architecture, {}).get(key)
         if found is None:
-            found = _measure(kernel, dtype, chunk, run)
+            found = _measure(kernel, dtype, chunk, count, run)
             _write(Path(tuned), architecture, key, found)
         return found.shrunk(count)
     return _table(TABLE)[architecture][key].shrunk(count)
@@ -100,11 +100,14 @@ def _table(file: Path) -> dict[str, dict[str, Configuration]]:
     return {name: {key: Configuration(**entry) for key, entry in table.items()} for name, table in read.items()}
 
 
-def _measure(kernel: str, dtype: torch.dtype, chunk: int, run: Callable[[Configuration], Any]) -> Configuration:
+def _measure(
+    kernel: str, dtype: torch.dtype, chunk: int, count: int, run: Callable[[Configuration], Any]
+) -> Configuration:
     best, least = None, float("inf")
     for each in candidates(kernel, dtype, chunk):
         try:
-            taken = triton.testing.do_bench(lambda chosen=each: run(chosen), warmup=5, rep=30, return_mode="median")
+            chosen = each.shrunk(count)
+            taken = triton.testing.do_bench(lambda one=chosen: run(one), warmup=5, rep=30, return_mode="median")
         except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
             continue
         if taken < least:
