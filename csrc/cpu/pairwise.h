@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "interpolation.h"
 #include "pairwise_tile.h"
 
 namespace voxtrast {
@@ -99,7 +100,7 @@ class Problem {
 
   // Writes the gradients of all vectors of this problem into (B, N, C) and, unless it is null, (B, M, C), of the type
   // of the vectors, and returns the gradient of the scale.
-  double write(torch::stable::Tensor& grad_query, torch::stable::Tensor* grad_key) const;
+  double write(torch::stable::Tensor& grad_query, torch::stable::Tensor* grad_key);
 
  private:
   friend class Pairwise;
@@ -113,12 +114,16 @@ class Problem {
     double largest_norm = 0.0;
   };
   struct Factors {
-    std::vector<float> shift, factor;
+    Buffer<float> shift, factor;
   };
 
   Problem(const class Pairwise& pairs);
   void load(int64_t problem);
   void convert(Vectors& vectors) const;
+  const int64_t* order() const;
+  // Calls work(begin, end) for the items 0 .. count, side by side where the problem is worth it.
+  template <typename Work>
+  void side_by_side(int64_t count, int64_t cost, const Work& work) const;
   Exponent exponent(double largest_norm) const;
   Vectors& keys();
   const Vectors& keys() const;
@@ -134,16 +139,22 @@ class Problem {
   // Calls weigh(tile, row, column, matrix) for all tiles and multiplies.
   template <typename Weigh>
   void accumulate(bool need_key, const Weigh& weigh);
-  Factors factors(const SideGradient& side, int64_t count) const;
-  std::vector<float> positive_factors(const Positives& positives) const;
-  void subtract(const Positives& positives, const std::vector<float>& factor, const Tile& tile, int64_t row,
-                int64_t column, float* matrix) const;
+  void find_factors(const SideGradient& side, int64_t count, Factors& result) const;
+  // What each positive of a row takes off; null where there are none.
+  const float* positive_factors(const Positives& positives);
+  void subtract(const Positives& positives, const float* factor, const Tile& tile, int64_t row, int64_t column,
+                float* matrix) const;
   std::pair<Exponent, float> threshold(double shift) const;
-  double write(const Vectors& vectors, torch::stable::Tensor& target) const;
+  double write(Vectors& vectors, torch::stable::Tensor& target);
 
   const class Pairwise& pairs_;
   Vectors query_, key_;
-  Buffer<float> packed_;  // (strips, width, strip)
+  Buffer<float> packed_;          // (strips, width, strip)
+  Buffer<float> products_;
+  const float* known_ = nullptr;  // all dot products of a set that is one tile with itself: nothing is packed then
+  Buffer<double> sums_, column_sums_, paired_;
+  Buffer<float> shifts_, column_shifts_, positive_, along_, by_;
+  Factors row_factors_, column_factors_;
   Exponent exponent_;     // the shift is negative where a maximum must be kept
   double unit_ = 1.0;     // of the gradients: the largest upstream one
 };
@@ -168,8 +179,18 @@ class Pairwise {
   const PairwiseOptions options_;
   const int64_t channels_, width_;
   bool small_;                        // not worth a second thread
+  bool one_tile_;                     // a small set with itself
   int64_t row_panel_, column_panel_;  // vectors of a panel
 };
+
+template <typename Work>
+void Problem::side_by_side(int64_t count, int64_t cost, const Work& work) const {
+  if (pairs_.small_) {
+    work(0, count);
+  } else {
+    torch::stable::parallel_for(0, count, grain(cost), work);
+  }
+}
 
 template <typename Work>
 void Pairwise::each_problem(const Work& work) const {

@@ -29,6 +29,7 @@ struct Tile {
   const float* query;   // (rows, width)
   const float* key;     // (columns, width)
   const float* packed;  // the same keys, (strips, width, strip)
+  const float* known;   // their dot products (rows, kMatrixRow) where somebody has computed them: packed is not read
   int64_t rows, columns, width;
   int64_t diagonal;  // the entry (i, i + diagonal) is excluded; kNoDiagonal for none
 };
@@ -38,8 +39,26 @@ struct Kernels {
   int64_t lanes;  // floats of a vector: `width` is a multiple of it
   int64_t strip;  // keys of a packed strip
 
+  // to (count, width) = the vectors (count, channels), in that order where there is one, padded with zeros, and their
+  // lengths. `to` may be `from`; where it is null the lengths alone are computed.
+  void (*read)(const float* from, const int64_t* order, int64_t count, int64_t channels, int64_t width, float* to,
+               float* norm);
+
+  // vectors (count, width): each times its factor.
+  void (*scale)(const float* factor, int64_t count, int64_t width, float* vectors);
+
+  // result[i] = <one[i], other[i]>, summed in float64
+  void (*paired)(const float* one, const float* other, int64_t count, int64_t width, double* result);
+
+  // to (count, channels), at its place in that order where there is one: factor (gradient - along vector)
+  void (*write)(const float* gradients, const float* factor, const float* vectors, const float* along,
+                const int64_t* order, int64_t count, int64_t channels, int64_t width, float* to);
+
   // packed (strips, width, strip), zeros where `columns` ends within a strip.
   void (*pack)(const float* key, int64_t columns, int64_t width, float* packed);
+
+  // matrix (count, kMatrixRow) of the dot products of a set of at most kTileRows vectors with itself
+  void (*products)(const float* vectors, int64_t count, int64_t width, float* matrix);
 
   // row_sum[i] += sum_j 2^exponent, and column_sum[j] += sum_i 2^exponent unless it is null.
   void (*sum_exponentials)(const Tile&, const Exponent&, double* row_sum, double* column_sum);

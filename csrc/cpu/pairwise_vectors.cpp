@@ -15,11 +15,13 @@ using torch::stable::Tensor;
 constexpr double kLargestShift = 61.0;
 constexpr float kMinimumNorm = 1e-6f;  // the same number stands in kernels/pairwise_logsumexp.py
 
-double dot(const float* one, const float* other, int64_t width) {
-  double lanes[4] = {};  // width is a multiple of four
-  for (int64_t c = 0; c < width; c += 4)
-    for (int64_t lane = 0; lane < 4; ++lane) lanes[lane] += double(one[c + lane]) * double(other[c + lane]);
-  return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+double sum_of(const float* values, int64_t count) {
+  double lanes[4] = {}, rest = 0.0;
+  int64_t n = 0;
+  for (; n + 4 <= count; n += 4)
+    for (int64_t lane = 0; lane < 4; ++lane) lanes[lane] += double(values[n + lane]);
+  for (; n < count; ++n) rest += double(values[n]);
+  return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]) + rest;
 }
 
 template <typename T>
@@ -55,56 +57,68 @@ void Problem::load(int64_t problem) {
   index = problem;
   convert(query_);
   if (!pairs_.options_.same) convert(key_);
+  exponent_ = exponent(query_.largest_norm * keys().largest_norm);
   const int64_t columns = pairs_.columns, width = pairs_.width_, strip = pairs_.kernels_.strip;
+  const float* key = keys().data;
+  if (pairs_.one_tile_) {
+    float* products = products_.of(kTileRows * kMatrixRow);
+    pairs_.kernels_.products(key, columns, width, products);
+    known_ = products;
+    return;
+  }
   const int64_t strips = divide_up(columns, strip);
   float* packed = packed_.of(strips * strip * width);
-  const float* key = keys().data;
-  parallel_for(0, strips, 1 + 65536 / (strip * width), [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin * strip; first < std::min(columns, end * strip); first += strip)
-      pairs_.kernels_.pack(key + first * width, std::min(strip, columns - first), width, packed + first * width);
+  side_by_side(strips, strip * width / 4, [&](int64_t begin, int64_t end) {
+    pairs_.kernels_.pack(key + begin * strip * width, std::min(columns, end * strip) - begin * strip, width,
+                         packed + begin * strip * width);
   });
-  exponent_ = exponent(query_.largest_norm * keys().largest_norm);
+}
+
+const int64_t* Problem::order() const {
+  const PairwiseOptions& options = pairs_.options_;
+  return options.order == nullptr ? nullptr : options.order + index % options.orders * pairs_.rows;
 }
 
 void Problem::convert(Vectors& vectors) const {
   const int64_t count = vectors.count, channels = pairs_.channels_, width = pairs_.width_;
-  const PairwiseOptions& options = pairs_.options_;
-  const int64_t* order = options.order == nullptr ? nullptr : options.order + index % options.orders * count;
+  const bool normalize = pairs_.options_.normalize;
+  const int64_t* order = this->order();
   float* norms = vectors.inverse_norms.of(count);
   with_element_type(*vectors.given, "query and key", [&](auto element) {
     using T = decltype(element);
+    constexpr bool floats = std::is_same_v<T, float>;
     const T* from = vectors.given->const_data_ptr<T>() + index * count * channels;
     float* own = nullptr;
     vectors.data = nullptr;
-    if constexpr (std::is_same_v<T, float>)
-      if (width == channels && !options.normalize && order == nullptr) vectors.data = from;
+    if constexpr (floats)
+      if (width == channels && !normalize && order == nullptr) vectors.data = from;
     if (vectors.data == nullptr) vectors.data = own = vectors.memory.of(count * width);
-    parallel_for(0, count, grain(width), [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
-        const T* source = from + (order == nullptr ? item : order[item]) * channels;
-        float* target = own + item * width;
-        if (own != nullptr) {
-          for (int64_t c = 0; c < channels; ++c) target[c] = static_cast<float>(source[c]);
-          for (int64_t c = channels; c < width; ++c) target[c] = 0.0f;
+    side_by_side(count, width, [&](int64_t begin, int64_t end) {
+      float* target = own == nullptr ? nullptr : own + begin * width;
+      if constexpr (floats) {
+        const float* source = order == nullptr ? from + begin * channels : from;
+        pairs_.kernels_.read(source, order == nullptr ? nullptr : order + begin, end - begin, channels, width, target,
+                             norms + begin);
+      } else {
+        for (int64_t item = begin; item < end; ++item) {
+          const T* source = from + (order == nullptr ? item : order[item]) * channels;
+          for (int64_t c = 0; c < channels; ++c) own[item * width + c] = static_cast<float>(source[c]);
+          std::fill(own + item * width + channels, own + (item + 1) * width, 0.0f);
         }
-        const float* vector = vectors.data + item * width;
-        float lanes[4] = {}, sum = 0.0f;  // width is a multiple of four
-        for (int64_t c = 0; c < width; c += 4)
-          for (int64_t lane = 0; lane < 4; ++lane) lanes[lane] += vector[c + lane] * vector[c + lane];
-        for (const float lane : lanes) sum += lane;
-        norms[item] = std::sqrt(sum);
-        if (!options.normalize) continue;
-        // Asked this way round, NaN counts as a direction and shows in the sums; an infinite norm hides it.
-        const float inverse = norms[item] < kMinimumNorm ? 0.0f : std::isinf(norms[item]) ? NAN : 1.0f / norms[item];
-        for (int64_t c = 0; c < width; ++c) target[c] *= inverse;
-        norms[item] = inverse;
+        pairs_.kernels_.read(target, nullptr, end - begin, width, width, nullptr, norms + begin);
       }
+      if (!normalize) return;
+      for (int64_t item = begin; item < end; ++item) {
+        // Asked this way round, NaN counts as a direction and shows in the sums; an infinite norm hides it.
+        norms[item] = norms[item] < kMinimumNorm ? 0.0f : std::isinf(norms[item]) ? NAN : 1.0f / norms[item];
+      }
+      pairs_.kernels_.scale(norms + begin, end - begin, width, target);
     });
   });
   vectors.largest_norm = 0.0;
   for (int64_t item = 0; item < count; ++item) {
     const bool directed = norms[item] != 0.0f;  // for normalised vectors, whose norms are 0, 1 or NaN
-    const double norm = !options.normalize || std::isnan(norms[item]) ? norms[item] : directed ? 1.0 : 0.0;
+    const double norm = !normalize || std::isnan(norms[item]) ? norms[item] : directed ? 1.0 : 0.0;
     if (!(norm <= vectors.largest_norm)) vectors.largest_norm = norm > vectors.largest_norm ? norm : NAN;
   }
 }
@@ -123,14 +137,23 @@ Exponent Problem::exponent(double largest_norms) const {
 void Problem::paired(int64_t offset, double* similarity) const {
   const int64_t width = pairs_.width_;
   const float* key = keys().data + offset * width;
-  parallel_for(0, pairs_.rows, grain(width), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      similarity[row] = pairs_.options_.scale * dot(query_.data + row * width, key + row * width, width);
+  side_by_side(pairs_.rows, width, [&](int64_t begin, int64_t end) {
+    pairs_.kernels_.paired(query_.data + begin * width, key + begin * width, end - begin, width, similarity + begin);
+    for (int64_t row = begin; row < end; ++row) similarity[row] *= pairs_.options_.scale;
   });
 }
 
 void Problem::mean_over(const int64_t* first, const int64_t* last, double* similarity) {
   const int64_t rows = pairs_.rows, width = pairs_.width_;
+  if (known_ != nullptr) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* own = known_ + row * kMatrixRow;
+      const int64_t from = first[row], to = last[row], count = to - from - 1;
+      const double sum = sum_of(own + from, row - from) + sum_of(own + row + 1, to - row - 1);
+      similarity[row] = count > 0 ? pairs_.options_.scale * sum / double(count) : 0.0;
+    }
+    return;
+  }
   const float* vectors = query_.data;
   // sums[i] = the sum of the vectors before i. In float32 differences of such sums are off by percents at N = 10^6.
   std::vector<double> sums((rows + 1) * width);
@@ -155,7 +178,7 @@ void Problem::mean_over(const int64_t* first, const int64_t* last, double* simil
   });
 }
 
-double Problem::write(Tensor& grad_query, Tensor* grad_key) const {
+double Problem::write(Tensor& grad_query, Tensor* grad_key) {
   // Every pair once more, without touching one: sum_i <q_i, d / d q_i> is scale times the gradient of the scale. Where
   // a set meets itself, its gradient holds every pair twice.
   const double paired = write(query_, grad_query);
@@ -163,31 +186,40 @@ double Problem::write(Tensor& grad_query, Tensor* grad_key) const {
   return unit_ * paired / (pairs_.options_.same ? 2.0 : 1.0);
 }
 
-double Problem::write(const Vectors& vectors, Tensor& target) const {
+double Problem::write(Vectors& vectors, Tensor& target) {
   const int64_t count = vectors.count, channels = pairs_.channels_, width = pairs_.width_;
-  const PairwiseOptions& options = pairs_.options_;
-  const int64_t* order = options.order == nullptr ? nullptr : options.order + index % options.orders * count;
+  const bool normalize = pairs_.options_.normalize;
+  const int64_t* order = this->order();
   const float* inverse_norms = vectors.inverse_norms.get();
-  const float factor = static_cast<float>(options.scale * unit_);
-  std::vector<double> products(count);
+  const float factor = static_cast<float>(pairs_.options_.scale * unit_);
+  double* paired = paired_.of(count);
+  float *along = along_.of(count), *by = by_.of(count);
   with_element_type(target, "gradient", [&](auto element) {
     using T = decltype(element);
     T* to = target.mutable_data_ptr<T>() + index * count * channels;
-    parallel_for(0, count, grain(width), [&](int64_t begin, int64_t end) {
+    side_by_side(count, width, [&](int64_t begin, int64_t end) {
+      float* gradient = vectors.gradient + begin * width;
+      const float* vector = vectors.data + begin * width;
+      pairs_.kernels_.paired(vector, gradient, end - begin, width, paired + begin);
       for (int64_t item = begin; item < end; ++item) {
-        const float* gradient = vectors.gradient + item * width;
-        const float* vector = vectors.data + item * width;
-        T* result = to + (order == nullptr ? item : order[item]) * channels;
-        products[item] = dot(vector, gradient, width);
         // Of a normalised vector only what is across it counts.
-        const float along = options.normalize ? static_cast<float>(products[item]) : 0.0f;
-        const float by = options.normalize ? factor * inverse_norms[item] : factor;
-        for (int64_t c = 0; c < channels; ++c) result[c] = static_cast<T>(by * (gradient[c] - along * vector[c]));
+        along[item] = normalize ? static_cast<float>(paired[item]) : 0.0f;
+        by[item] = normalize ? factor * inverse_norms[item] : factor;
+      }
+      if constexpr (std::is_same_v<T, float>) {
+        pairs_.kernels_.write(gradient, by + begin, vector, along + begin, order == nullptr ? nullptr : order + begin,
+                              end - begin, channels, width, order == nullptr ? to + begin * channels : to);
+      } else {
+        pairs_.kernels_.write(gradient, by + begin, vector, along + begin, nullptr, end - begin, width, width, gradient);
+        for (int64_t item = begin; item < end; ++item) {
+          T* result = to + (order == nullptr ? item : order[item]) * channels;
+          for (int64_t c = 0; c < channels; ++c) result[c] = static_cast<T>(vectors.gradient[item * width + c]);
+        }
       }
     });
   });
   double sum = 0.0;
-  for (const double product : products) sum += product;
+  for (int64_t item = 0; item < count; ++item) sum += paired[item];
   return sum;
 }
 
