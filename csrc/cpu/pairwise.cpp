@@ -52,7 +52,7 @@ Pairwise::Pairwise(const Tensor& query, const Tensor& key, const PairwiseOptions
       channels_(query.size(2)),
       width_(round_up(query.size(2), kernels_.lanes)),
       small_(rows * columns <= kSmall / std::max<int64_t>(1, query.size(2))) {
-  one_tile_ = options.same && small_ && rows <= kTileRows;
+  one_tile_ = small_ && rows <= kTileRows && columns <= kTileColumns;
   row_panel_ = panel_of(rows, kTileRows, small_);
   column_panel_ = options.same ? row_panel_ : panel_of(columns, kTileColumns, small_);
 }
@@ -79,7 +79,7 @@ void Problem::each_tile_of(int64_t row_panel, int64_t column_panel, const Work& 
       tile.query = query_.data + row * width;
       tile.key = keys().data + column * width;
       tile.packed = packed + column * width;
-      tile.known = known_;
+      tile.known = nullptr;
       tile.rows = std::min(kTileRows, last_row - row);
       tile.columns = std::min(kTileColumns, last_column - column);
       tile.width = width;
@@ -97,6 +97,10 @@ template <typename Work>
 void Problem::each_tile(const Work& work) const {
   const int64_t row_panels = divide_up(pairs_.rows, pairs_.row_panel_);
   const int64_t column_panels = divide_up(pairs_.columns, pairs_.column_panel_);
+  if (pairs_.one_tile_) {
+    work(whole_, 0, 0);
+    return;
+  }
   if (row_panels == 1 && column_panels == 1) {
     each_tile_of(0, 0, work);
     return;
@@ -131,6 +135,21 @@ void Problem::each_tile(const Work& work) const {
   }
 }
 
+// All dot products of the one tile are kept: they are read several times.
+void Problem::find_whole() {
+  float* products = products_.of(kTileRows * kMatrixRow);
+  each_tile_of(0, 0, [&](Tile tile, int64_t, int64_t) {
+    whole_ = tile;
+    tile.diagonal = kNoDiagonal;
+    if (pairs_.options_.same) {
+      pairs_.kernels_.products(tile.key, tile.columns, tile.width, products);
+    } else {
+      pairs_.kernels_.similarities(tile, 0.0f, products);
+    }
+  });
+  whole_.known = products;
+}
+
 bool Problem::mirrored(int64_t row, int64_t column) const {
   return pairs_.options_.same && row / pairs_.row_panel_ != column / pairs_.row_panel_;
 }
@@ -163,8 +182,10 @@ void Problem::log_sum_exponentials(double* row_lse, double* column_lse) {
     pairs_.kernels_.sum_online(tile, exponent_, matrix, row_shift + row, row_sum + row, shifts, sums);
   });
   const auto finish = [&](int64_t count, const double* sum, const float* shift, double* lse) {
-    for (int64_t n = 0; n < count; ++n)
-      lse[n] = sum[n] == 0.0 ? lowest : (std::log2(sum[n]) + (shifted ? exponent_.shift : shift[n])) * kLn2;
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t own = at(n);
+      lse[n] = sum[own] == 0.0 ? lowest : (std::log2(sum[own]) + (shifted ? exponent_.shift : shift[own])) * kLn2;
+    }
   };
   finish(pairs_.rows, row_sum, row_shift, row_lse);
   if (columns && same) std::copy_n(row_lse, pairs_.rows, column_lse);
@@ -175,6 +196,10 @@ template <typename Weigh>
 void Problem::accumulate(bool need_key, const Weigh& weigh) {
   const int64_t width = pairs_.width_;
   const bool same = pairs_.options_.same;
+  if (pairs_.one_tile_) {  // which `write` multiplies
+    weigh(whole_, 0, 0, weights_.of(kTileRows * kMatrixRow));
+    return;
+  }
   for (Vectors* vectors : {&query_, &key_}) {
     const bool wanted = vectors == &query_ || (need_key && !same);
     vectors->gradient = wanted ? vectors->gradients.of(vectors->count * width) : nullptr;
@@ -235,8 +260,9 @@ void Problem::find_factors(const SideGradient& side, int64_t count, Factors& res
   for (int64_t n = 0; side.gradient != nullptr && n < count; ++n) {
     const double lse = side.lse[n] * kLog2E;
     if (lse == -std::numeric_limits<double>::infinity()) continue;  // everything was excluded
-    if (!shifted) shifts[n] = static_cast<float>(std::ceil(lse));
-    factors[n] = static_cast<float>(double(side.gradient[n]) / unit_ * std::exp2(double(shifts[n]) - lse));
+    const int64_t own = at(n);
+    if (!shifted) shifts[own] = static_cast<float>(std::ceil(lse));
+    factors[own] = static_cast<float>(double(side.gradient[n]) / unit_ * std::exp2(double(shifts[own]) - lse));
   }
 }
 
@@ -245,7 +271,7 @@ const float* Problem::positive_factors(const Positives& positives) {
   float* result = positive_.of(pairs_.rows);
   for (int64_t n = 0; n < pairs_.rows; ++n) {
     const int64_t count = positives.first == nullptr ? 1 : positives.last[n] - positives.first[n] - 1;
-    result[n] = static_cast<float>(count > 0 ? double(positives.gradient[n]) / unit_ / double(count) : 0.0);
+    result[at(n)] = static_cast<float>(count > 0 ? double(positives.gradient[n]) / unit_ / double(count) : 0.0);
   }
   return result;
 }
@@ -253,19 +279,18 @@ const float* Problem::positive_factors(const Positives& positives) {
 void Problem::subtract(const Positives& positives, const float* factor, const Tile& tile, int64_t first_row,
                        int64_t first_column, float* matrix) const {
   for (int64_t n = 0; n < tile.rows; ++n) {
-    float* entries = matrix + n * kMatrixRow;
     const int64_t row = first_row + n;
+    float* entries = matrix + (at(row) - first_row) * kMatrixRow - first_column;
+    const float own = factor[at(row)];
     if (positives.first == nullptr) {
-      const int64_t own = row + positives.offset - first_column;
-      if (own >= 0 && own < tile.columns) entries[own] -= factor[row];
+      const int64_t other = row + positives.offset;
+      if (other >= first_column && other < first_column + tile.columns) entries[other] -= own;
       continue;
     }
-    const int64_t self = row - first_column;
-    const int64_t first = std::max<int64_t>(positives.first[row] - first_column, 0);
-    const int64_t last = std::min(positives.last[row] - first_column, tile.columns);
-    const float* others = factor + first_column;
-    for (int64_t column = first; column < last; ++column) entries[column] -= factor[row] + others[column];
-    if (self >= first && self < last) entries[self] += factor[row] + others[self];
+    const int64_t first = std::max(positives.first[row], first_column);
+    const int64_t last = std::min(positives.last[row], first_column + tile.columns);
+    for (int64_t other = first; other < last; ++other) entries[at(other)] -= own + factor[at(other)];
+    if (row >= first && row < last) entries[at(row)] += own + factor[at(row)];
   }
 }
 

@@ -109,6 +109,7 @@ class Problem {
     const torch::stable::Tensor* given;
     int64_t count;
     Buffer<float> memory, inverse_norms, gradients;
+    Buffer<double> paired;  // each vector with its gradient
     const float* data = nullptr;
     float* gradient = nullptr;  // (count, width) in units of scale_ * unit_; null where it is not needed
     double largest_norm = 0.0;
@@ -121,6 +122,10 @@ class Problem {
   void load(int64_t problem);
   void convert(Vectors& vectors) const;
   const int64_t* order() const;
+  // Where vector n of the order stands here: the one tile is small enough to leave the vectors where they were.
+  int64_t at(int64_t n) const { return places_ == nullptr ? n : places_[n]; }
+  void pack();
+  void find_whole();
   // Calls work(begin, end) for the items 0 .. count, side by side where the problem is worth it.
   template <typename Work>
   void side_by_side(int64_t count, int64_t cost, const Work& work) const;
@@ -149,10 +154,11 @@ class Problem {
 
   const class Pairwise& pairs_;
   Vectors query_, key_;
-  Buffer<float> packed_;          // (strips, width, strip)
-  Buffer<float> products_;
-  const float* known_ = nullptr;  // all dot products of a set that is one tile with itself: nothing is packed then
-  Buffer<double> sums_, column_sums_, paired_;
+  Buffer<float> packed_;  // (strips, width, strip)
+  Buffer<float> products_, weights_;
+  Tile whole_;  // of a problem that is one tile, with known products
+  const int64_t* places_ = nullptr;
+  Buffer<double> sums_, column_sums_;
   Buffer<float> shifts_, column_shifts_, positive_, along_, by_;
   Factors row_factors_, column_factors_;
   Exponent exponent_;     // the shift is negative where a maximum must be kept
@@ -179,7 +185,7 @@ class Pairwise {
   const PairwiseOptions options_;
   const int64_t channels_, width_;
   bool small_;                        // not worth a second thread
-  bool one_tile_;                     // a small set with itself
+  bool one_tile_;                     // small, and no larger than a tile
   int64_t row_panel_, column_panel_;  // vectors of a panel
 };
 

@@ -287,52 +287,111 @@ void weigh_online(const Tile& tile, const Exponent& exponent, float* matrix, con
   }
 }
 
-// out (R rows of out_row floats, V vectors) += sum over k of left(k, r) * right(k, v).
-template <int V>
-struct AddProduct {
-  const float *left, *right;
-  int64_t left_step, left_row, right_step, depth;
-  float* out;
-  int64_t out_row;
+// What becomes of the products of a matrix and vectors: added to gradients (rows, width), or finished.
+struct Add {
+  float* gradients;
+  VOXTRAST_INLINE void operator()(int64_t row, int64_t channel, int64_t width, Vector sum) const {
+    float* to = gradients + row * width + channel;
+    store(to, load(to) + sum);
+  }
+  VOXTRAST_INLINE void prepare(int64_t row, int64_t channel) const {}
+};
+
+struct Write {
+  const Finish finish;  // a copy, which stays in registers: what is written could be anything
+  VOXTRAST_INLINE void operator()(int64_t row, int64_t channel, int64_t width, Vector sum) const {
+    finish_part(finish, row, channel, width, sum);
+  }
+  VOXTRAST_INLINE void prepare(int64_t row, int64_t channel) const {
+    __builtin_prefetch(finish.to + (finish.order == nullptr ? row : finish.order[row]) * finish.channels + channel, 1, 3);
+  }
+};
+
+// left, by elements, times right (depth, width)
+template <typename Output>
+struct Product {
+  const float* left;
+  int64_t left_step, left_row;
+  const float* right;
+  int64_t depth, width, rows;
+  const Output output;
+};
+
+// The product of a block of R rows and V vectors.
+template <int V, typename Output>
+struct ProductBlock {
+  const Product<Output>& of;
+  int64_t row, channel;
 
   template <int R>
   VOXTRAST_INLINE void run() const {
     Vector sum[R][V];
-    multiply_block<R, V>(left, left_step, left_row, right, right_step, depth, sum);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
-        float* to = out + r * out_row + v * kLanes;
-        store(to, load(to) + sum[r][v]);
-      }
+      for (int v = 0; v < V; ++v) of.output.prepare(row + r, channel + v * kLanes);
+    multiply_block<R, V>(of.left + row * of.left_row, of.left_step, of.left_row, of.right + channel, of.width, of.depth,
+                         sum);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) of.output(row + r, channel + v * kLanes, of.width, sum[r][v]);
   }
 };
 
-// out (rows, width) += left (by elements) times right (depth, width)
-template <int V>
-VOXTRAST_INLINE void add_columns(const float* left, int64_t left_step, int64_t left_row, const float* right,
-                                 int64_t depth, int64_t width, int64_t channel, int64_t rows, float* out) {
-  for (int64_t row = 0; row < rows; row += kOutRows)
-    with_rows<kOutRows>(smaller(kOutRows, rows - row),
-                        AddProduct<V>{left + row * left_row, right + channel, left_step, left_row, width, depth,
-                                      out + row * width + channel, width});
+template <int V, typename Output>
+VOXTRAST_INLINE void compute_columns(const Product<Output>& product, int64_t channel) {
+  for (int64_t row = 0; row < product.rows; row += kOutRows)
+    with_rows<kOutRows>(smaller(kOutRows, product.rows - row), ProductBlock<V, Output>{product, row, channel});
 }
 
-void add_product(const float* left, int64_t left_step, int64_t left_row, const float* right, int64_t depth,
-                 int64_t width, int64_t rows, float* out) {
+template <typename Output>
+void compute(const Product<Output> product) {
   int64_t channel = 0;
-  for (; channel + kOutVectors * kLanes <= width; channel += kOutVectors * kLanes)
-    add_columns<kOutVectors>(left, left_step, left_row, right, depth, width, channel, rows, out);
-  for (; channel < width; channel += kLanes)
-    add_columns<1>(left, left_step, left_row, right, depth, width, channel, rows, out);
+  for (; channel + kOutVectors * kLanes <= product.width; channel += kOutVectors * kLanes)
+    compute_columns<kOutVectors>(product, channel);
+  for (; channel < product.width; channel += kLanes) compute_columns<1>(product, channel);
+}
+
+template <typename Output>
+void multiply_rows(const Tile& tile, const float* matrix, const Output& output) {
+  compute(Product<Output>{matrix, 1, kMatrixRow, tile.key, tile.columns, tile.width, tile.rows, output});
+}
+
+template <typename Output>
+void multiply_columns(const Tile& tile, const float* matrix, const Output& output) {
+  compute(Product<Output>{matrix, kMatrixRow, 1, tile.query, tile.rows, tile.width, tile.columns, output});
 }
 
 void multiply(const Tile& tile, const float* matrix, float* grad_query, float* grad_key) {
-  if (grad_query != nullptr)
-    add_product(matrix, 1, kMatrixRow, tile.key, tile.columns, tile.width, tile.rows, grad_query);
-  if (grad_key != nullptr)
-    add_product(matrix, kMatrixRow, 1, tile.query, tile.rows, tile.width, tile.columns, grad_key);
+  if (grad_query != nullptr) multiply_rows(tile, matrix, Add{grad_query});
+  if (grad_key != nullptr) multiply_columns(tile, matrix, Add{grad_key});
+}
+
+void sum_products(const Tile& tile, const float* matrix, double* row_sum, double* column_sum) {
+  constexpr int kHalf = kLanes / 2;
+  const int64_t parts = (tile.columns + kHalf - 1) / kHalf;
+  Doubles columns[kTileColumns / kHalf] = {};
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    Doubles sum = {};
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t entry = row * kMatrixRow + part * kHalf;
+      const Doubles products = load_doubles(matrix + entry) * load_doubles(tile.known + entry);
+      sum += products;
+      columns[part] += products;
+    }
+    row_sum[row] = total(sum);
+  }
+  for (int64_t column = 0; column_sum != nullptr && column < tile.columns; ++column)
+    column_sum[column] = columns[column / kHalf][column % kHalf];
+}
+
+void write_rows(const Tile& tile, const float* matrix, const Finish& finish) {
+  multiply_rows(tile, matrix, Write{finish});
+}
+
+void write_columns(const Tile& tile, const float* matrix, const Finish& finish) {
+  multiply_columns(tile, matrix, Write{finish});
 }
 
 }  // namespace
@@ -341,6 +400,7 @@ const Kernels VOXTRAST_KERNELS = {
     VOXTRAST_NAME, kLanes,           kStrip,
     read,          scale,            paired,             write,        pack,
     products,      sum_exponentials, weigh_exponentials, similarities, sum_online,
-    weigh_online,  sum_softplus,     weigh_sigmoids,     multiply};
+    weigh_online,  sum_softplus,     weigh_sigmoids,     multiply,     sum_products,
+    write_rows,    write_columns};
 
 }  // namespace voxtrast

@@ -15,15 +15,6 @@ using torch::stable::Tensor;
 constexpr double kLargestShift = 61.0;
 constexpr float kMinimumNorm = 1e-6f;  // the same number stands in kernels/pairwise_logsumexp.py
 
-double sum_of(const float* values, int64_t count) {
-  double lanes[4] = {}, rest = 0.0;
-  int64_t n = 0;
-  for (; n + 4 <= count; n += 4)
-    for (int64_t lane = 0; lane < 4; ++lane) lanes[lane] += double(values[n + lane]);
-  for (; n < count; ++n) rest += double(values[n]);
-  return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]) + rest;
-}
-
 template <typename T>
 const T* data_of(const Tensor& tensor, int64_t count, const char* name, torch::headeronly::ScalarType type) {
   STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.numel() == count, "voxtrast: ", name, " must hold ", count,
@@ -55,18 +46,18 @@ const int64_t* whole_data(const Tensor& tensor, int64_t count, const char* name)
 
 void Problem::load(int64_t problem) {
   index = problem;
+  places_ = pairs_.one_tile_ ? order() : nullptr;
   convert(query_);
   if (!pairs_.options_.same) convert(key_);
   exponent_ = exponent(query_.largest_norm * keys().largest_norm);
+  if (!pairs_.one_tile_ || !pairs_.options_.same) pack();
+  if (pairs_.one_tile_) find_whole();
+}
+
+void Problem::pack() {
   const int64_t columns = pairs_.columns, width = pairs_.width_, strip = pairs_.kernels_.strip;
-  const float* key = keys().data;
-  if (pairs_.one_tile_) {
-    float* products = products_.of(kTileRows * kMatrixRow);
-    pairs_.kernels_.products(key, columns, width, products);
-    known_ = products;
-    return;
-  }
   const int64_t strips = divide_up(columns, strip);
+  const float* key = keys().data;
   float* packed = packed_.of(strips * strip * width);
   side_by_side(strips, strip * width / 4, [&](int64_t begin, int64_t end) {
     pairs_.kernels_.pack(key + begin * strip * width, std::min(columns, end * strip) - begin * strip, width,
@@ -82,7 +73,7 @@ const int64_t* Problem::order() const {
 void Problem::convert(Vectors& vectors) const {
   const int64_t count = vectors.count, channels = pairs_.channels_, width = pairs_.width_;
   const bool normalize = pairs_.options_.normalize;
-  const int64_t* order = this->order();
+  const int64_t* order = pairs_.one_tile_ ? nullptr : this->order();
   float* norms = vectors.inverse_norms.of(count);
   with_element_type(*vectors.given, "query and key", [&](auto element) {
     using T = decltype(element);
@@ -145,11 +136,12 @@ void Problem::paired(int64_t offset, double* similarity) const {
 
 void Problem::mean_over(const int64_t* first, const int64_t* last, double* similarity) {
   const int64_t rows = pairs_.rows, width = pairs_.width_;
-  if (known_ != nullptr) {
+  if (pairs_.one_tile_) {
     for (int64_t row = 0; row < rows; ++row) {
-      const float* own = known_ + row * kMatrixRow;
-      const int64_t from = first[row], to = last[row], count = to - from - 1;
-      const double sum = sum_of(own + from, row - from) + sum_of(own + row + 1, to - row - 1);
+      const float* own = whole_.known + at(row) * kMatrixRow;
+      const int64_t count = last[row] - first[row] - 1;
+      double sum = 0.0;
+      for (int64_t other = first[row]; other < last[row]; ++other) sum += other == row ? 0.0 : double(own[at(other)]);
       similarity[row] = count > 0 ? pairs_.options_.scale * sum / double(count) : 0.0;
     }
     return;
@@ -181,6 +173,9 @@ void Problem::mean_over(const int64_t* first, const int64_t* last, double* simil
 double Problem::write(Tensor& grad_query, Tensor* grad_key) {
   // Every pair once more, without touching one: sum_i <q_i, d / d q_i> is scale times the gradient of the scale. Where
   // a set meets itself, its gradient holds every pair twice.
+  if (pairs_.one_tile_)
+    pairs_.kernels_.sum_products(whole_, weights_.get(), query_.paired.of(pairs_.rows),
+                                 grad_key == nullptr ? nullptr : key_.paired.of(pairs_.columns));
   const double paired = write(query_, grad_query);
   if (grad_key != nullptr) write(key_, *grad_key);
   return unit_ * paired / (pairs_.options_.same ? 2.0 : 1.0);
@@ -189,33 +184,42 @@ double Problem::write(Tensor& grad_query, Tensor* grad_key) {
 double Problem::write(Vectors& vectors, Tensor& target) {
   const int64_t count = vectors.count, channels = pairs_.channels_, width = pairs_.width_;
   const bool normalize = pairs_.options_.normalize;
-  const int64_t* order = this->order();
+  const int64_t* order = pairs_.one_tile_ ? nullptr : this->order();
   const float* inverse_norms = vectors.inverse_norms.get();
   const float factor = static_cast<float>(pairs_.options_.scale * unit_);
-  double* paired = paired_.of(count);
-  float *along = along_.of(count), *by = by_.of(count);
+  double* paired = vectors.paired.of(count);
+  float *along = along_.of(count), *by = by_.of(count), *gradients = vectors.gradients.of(count * width);
   with_element_type(target, "gradient", [&](auto element) {
     using T = decltype(element);
+    constexpr bool floats = std::is_same_v<T, float>;
     T* to = target.mutable_data_ptr<T>() + index * count * channels;
     side_by_side(count, width, [&](int64_t begin, int64_t end) {
-      float* gradient = vectors.gradient + begin * width;
       const float* vector = vectors.data + begin * width;
-      pairs_.kernels_.paired(vector, gradient, end - begin, width, paired + begin);
+      float* gradient = gradients + begin * width;
+      if (!pairs_.one_tile_) pairs_.kernels_.paired(vector, gradient, end - begin, width, paired + begin);
       for (int64_t item = begin; item < end; ++item) {
         // Of a normalised vector only what is across it counts.
         along[item] = normalize ? static_cast<float>(paired[item]) : 0.0f;
         by[item] = normalize ? factor * inverse_norms[item] : factor;
       }
-      if constexpr (std::is_same_v<T, float>) {
-        pairs_.kernels_.write(gradient, by + begin, vector, along + begin, order == nullptr ? nullptr : order + begin,
-                              end - begin, channels, width, order == nullptr ? to + begin * channels : to);
+      Finish finish{by + begin, along + begin, vector, nullptr, width, gradient};
+      if constexpr (floats) {
+        finish.order = order == nullptr ? nullptr : order + begin;
+        finish.channels = channels;
+        finish.to = order == nullptr ? to + begin * channels : to;
+      }
+      if (!pairs_.one_tile_) {
+        pairs_.kernels_.write(gradient, end - begin, width, finish);
+      } else if (&vectors == &query_) {
+        pairs_.kernels_.write_rows(whole_, weights_.get(), finish);
       } else {
-        pairs_.kernels_.write(gradient, by + begin, vector, along + begin, nullptr, end - begin, width, width, gradient);
+        pairs_.kernels_.write_columns(whole_, weights_.get(), finish);
+      }
+      if constexpr (!floats)
         for (int64_t item = begin; item < end; ++item) {
           T* result = to + (order == nullptr ? item : order[item]) * channels;
-          for (int64_t c = 0; c < channels; ++c) result[c] = static_cast<T>(vectors.gradient[item * width + c]);
+          for (int64_t c = 0; c < channels; ++c) result[c] = static_cast<T>(gradients[item * width + c]);
         }
-      }
     });
   });
   double sum = 0.0;

@@ -45,16 +45,21 @@ void paired(const float* one, const float* other, int64_t count, int64_t width, 
   }
 }
 
-void write(const float* gradients, const float* factor, const float* vectors, const float* along,
-           const int64_t* order, int64_t count, int64_t channels, int64_t width, float* to) {
-  for (int64_t item = 0; item < count; ++item) {
-    const float *gradient = gradients + item * width, *vector = vectors + item * width;
-    float* target = to + (order == nullptr ? item : order[item]) * channels;
-    int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes)
-      store(target + c, (load(gradient + c) - load(vector + c) * along[item]) * factor[item]);
-    for (; c < channels; ++c) target[c] = (gradient[c] - vector[c] * along[item]) * factor[item];
+VOXTRAST_INLINE void finish_part(const Finish finish, int64_t item, int64_t channel, int64_t width, Vector gradient) {
+  const Vector vector = load(finish.vectors + item * width + channel);
+  const Vector part = (gradient - vector * finish.along[item]) * finish.factor[item];
+  float* to = finish.to + (finish.order == nullptr ? item : finish.order[item]) * finish.channels + channel;
+  if (channel + kLanes <= finish.channels) {
+    store(to, part);
+  } else {
+    for (int64_t n = 0; n < finish.channels - channel; ++n) to[n] = part[n];
   }
+}
+
+void write(const float* gradients, int64_t count, int64_t width, const Finish& finish) {
+  for (int64_t item = 0; item < count; ++item)
+    for (int64_t channel = 0; channel < width; channel += kLanes)
+      finish_part(finish, item, channel, width, load(gradients + item * width + channel));
 }
 
 void pack(const float* key, int64_t columns, int64_t width, float* packed) {
@@ -104,6 +109,8 @@ void products(const float* vectors, int64_t count, int64_t width, float* matrix)
   for (int64_t row = 0; row < count; ++row)
     for (int64_t column = 0; column < row; ++column)
       matrix[column * kMatrixRow + row] = matrix[row * kMatrixRow + column];
+  for (int64_t row = 0; row < count; ++row)
+    for (int64_t column = count; column % kStrip != 0; ++column) matrix[row * kMatrixRow + column] = 0.0f;
 }
 
 }  // namespace
