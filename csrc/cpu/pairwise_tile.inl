@@ -302,6 +302,7 @@ struct Write {
   VOXTRAST_INLINE void operator()(int64_t row, int64_t channel, int64_t width, Vector sum) const {
     finish_part(finish, row, channel, width, sum);
   }
+  // What is written later comes into the cache while the products are computed.
   VOXTRAST_INLINE void prepare(int64_t row, int64_t channel) const {
     __builtin_prefetch(finish.to + (finish.order == nullptr ? row : finish.order[row]) * finish.channels + channel, 1, 3);
   }
@@ -339,18 +340,16 @@ struct ProductBlock {
   }
 };
 
-template <int V, typename Output>
-VOXTRAST_INLINE void compute_columns(const Product<Output>& product, int64_t channel) {
-  for (int64_t row = 0; row < product.rows; row += kOutRows)
-    with_rows<kOutRows>(smaller(kOutRows, product.rows - row), ProductBlock<V, Output>{product, row, channel});
-}
-
 template <typename Output>
 void compute(const Product<Output> product) {
-  int64_t channel = 0;
-  for (; channel + kOutVectors * kLanes <= product.width; channel += kOutVectors * kLanes)
-    compute_columns<kOutVectors>(product, channel);
-  for (; channel < product.width; channel += kLanes) compute_columns<1>(product, channel);
+  for (int64_t row = 0; row < product.rows; row += kOutRows) {
+    const int64_t rows = smaller(kOutRows, product.rows - row);
+    int64_t channel = 0;
+    for (; channel + kOutVectors * kLanes <= product.width; channel += kOutVectors * kLanes)
+      with_rows<kOutRows>(rows, ProductBlock<kOutVectors, Output>{product, row, channel});
+    for (; channel < product.width; channel += kLanes)
+      with_rows<kOutRows>(rows, ProductBlock<1, Output>{product, row, channel});
+  }
 }
 
 template <typename Output>
