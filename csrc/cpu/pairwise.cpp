@@ -137,7 +137,7 @@ void Problem::each_tile(const Work& work) const {
 
 // All dot products of the one tile are kept: they are read several times.
 void Problem::find_whole() {
-  float* products = products_.of(kTileRows * kMatrixRow);
+  float* products = products_.of(round_up(pairs_.rows, 8) * kMatrixRow);  // in blocks of rows
   each_tile_of(0, 0, [&](Tile tile, int64_t, int64_t) {
     whole_ = tile;
     tile.diagonal = kNoDiagonal;
@@ -197,7 +197,7 @@ void Problem::accumulate(bool need_key, const Weigh& weigh) {
   const int64_t width = pairs_.width_;
   const bool same = pairs_.options_.same;
   if (pairs_.one_tile_) {  // which `write` multiplies
-    weigh(whole_, 0, 0, weights_.of(kTileRows * kMatrixRow));
+    weigh(whole_, 0, 0, weights_.of(pairs_.rows * kMatrixRow));
     return;
   }
   for (Vectors* vectors : {&query_, &key_}) {

@@ -377,7 +377,7 @@ void sum_products(const Tile& tile, const float* matrix, double* row_sum, double
       const int64_t entry = row * kMatrixRow + part * kHalf;
       const Doubles products = load_doubles(matrix + entry) * load_doubles(tile.known + entry);
       sum += products;
-      columns[part] += products;
+      if (column_sum != nullptr) columns[part] += products;
     }
     row_sum[row] = total(sum);
   }
