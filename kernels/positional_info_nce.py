@@ -27,6 +27,8 @@ from ._registration import (
 from .info_nce import check_reduction, reduce_losses, reduce_over_ranks, scale_of
 from .pairwise_logsumexp import as_problems, similarities, unit_vectors
 
+FEW = 64  # vectors: up to here to compare all positions is faster than the many steps of a bisection
+
 
 def positional_info_nce(
     features: Tensor,
@@ -142,6 +144,9 @@ def ranges(positions: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     threshold. Bisection on the predicate: a search for position - threshold would round otherwise than it does."""
     count = positions.shape[-1]
     limit = torch.tensor(threshold, dtype=torch.float32, device=positions.device)
+    if count <= FEW:
+        far = ~((positions[..., :, None] - positions[..., None, :]).abs() < limit)
+        return far.tril(-1).sum(-1), count - far.triu(1).sum(-1)
     own = torch.arange(count, device=positions.device).expand(positions.shape)
     below, above = torch.zeros_like(own), torch.full_like(own, count - 1)
     first, last = own.clone(), own.clone()  # near enough, as far as is known

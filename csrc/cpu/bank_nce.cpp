@@ -42,8 +42,8 @@ std::tuple<Tensor, Tensor, Tensor> softplus_sums_backward(const Tensor& grad_giv
   const double by = *double_data(shift, 1, "shift");
   const Pairwise pairs(query, bank, options_for(scale, normalize));
   const float* given = float_data(gradient, pairs.batch * pairs.rows, "gradient");
-  Tensor grad_query = torch::stable::new_empty(query, query.sizes());
-  Tensor grad_bank = need_bank ? torch::stable::new_empty(bank, bank.sizes()) : torch::stable::new_empty(bank, {0});
+  Tensor grad_query = new_gradient(query);
+  Tensor grad_bank = need_bank ? new_gradient(bank) : torch::stable::new_empty(bank, {0});
   std::vector<double> of_scale(pairs.batch);
   pairs.each_problem([&](Problem& problem) {
     problem.differentiate_softplus(by, given + problem.index * pairs.rows, need_bank);

@@ -52,6 +52,7 @@ Pairwise::Pairwise(const Tensor& query, const Tensor& key, const PairwiseOptions
       channels_(query.size(2)),
       width_(round_up(query.size(2), kernels_.lanes)),
       small_(rows * columns <= kSmall / std::max<int64_t>(1, query.size(2))) {
+  one_tile_ = small_ && rows <= kTileRows && columns <= kTileColumns;
   row_panel_ = panel_of(rows, kTileRows, small_);
   column_panel_ = options.same ? row_panel_ : panel_of(columns, kTileColumns, small_);
 }
@@ -78,6 +79,7 @@ void Problem::each_tile_of(int64_t row_panel, int64_t column_panel, const Work& 
       tile.query = query_.data + row * width;
       tile.key = keys().data + column * width;
       tile.packed = packed + column * width;
+      tile.known = nullptr;
       tile.rows = std::min(kTileRows, last_row - row);
       tile.columns = std::min(kTileColumns, last_column - column);
       tile.width = width;
@@ -95,6 +97,10 @@ template <typename Work>
 void Problem::each_tile(const Work& work) const {
   const int64_t row_panels = divide_up(pairs_.rows, pairs_.row_panel_);
   const int64_t column_panels = divide_up(pairs_.columns, pairs_.column_panel_);
+  if (pairs_.one_tile_) {
+    work(whole_, 0, 0);
+    return;
+  }
   if (row_panels == 1 && column_panels == 1) {
     each_tile_of(0, 0, work);
     return;
@@ -129,6 +135,21 @@ void Problem::each_tile(const Work& work) const {
   }
 }
 
+// All dot products of the one tile are kept: they are read several times.
+void Problem::find_whole() {
+  float* products = products_.of(round_up(pairs_.rows, 8) * kMatrixRow);  // in blocks of rows
+  each_tile_of(0, 0, [&](Tile tile, int64_t, int64_t) {
+    whole_ = tile;
+    tile.diagonal = kNoDiagonal;
+    if (pairs_.options_.same) {
+      pairs_.kernels_.products(tile.key, tile.columns, tile.width, products);
+    } else {
+      pairs_.kernels_.similarities(tile, 0.0f, products);
+    }
+  });
+  whole_.known = products;
+}
+
 bool Problem::mirrored(int64_t row, int64_t column) const {
   return pairs_.options_.same && row / pairs_.row_panel_ != column / pairs_.row_panel_;
 }
@@ -137,40 +158,53 @@ void Problem::log_sum_exponentials(double* row_lse, double* column_lse) {
   const bool same = pairs_.options_.same, shifted = exponent_.shift >= 0.0f, columns = column_lse != nullptr;
   const float lowest = -std::numeric_limits<float>::infinity();
   const float none = std::copysign(lowest, -exponent_.scale);  // the similarity whose exponential is zero
-  std::vector<double> row_sum(pairs_.rows), column_sum(columns && !same ? pairs_.columns : 0);
-  std::vector<float> row_shift(shifted ? 0 : row_sum.size(), lowest);
-  std::vector<float> column_shift(shifted ? 0 : column_sum.size(), lowest);
+  double* row_sum = sums_.of(pairs_.rows);
+  std::fill_n(row_sum, pairs_.rows, 0.0);
+  double* column_sum = columns && !same ? column_sums_.of(pairs_.columns) : nullptr;
+  if (column_sum != nullptr) std::fill_n(column_sum, pairs_.columns, 0.0);
+  float* row_shift = shifts_.of(pairs_.rows);
+  float* column_shift = column_sum == nullptr ? row_shift : column_shifts_.of(pairs_.columns);
+  if (!shifted) {
+    std::fill_n(row_shift, pairs_.rows, lowest);
+    if (column_sum != nullptr) std::fill_n(column_shift, pairs_.columns, lowest);
+  }
   each_tile([&](const Tile& tile, int64_t row, int64_t column) {
     // A set with itself: what one panel is to the other, the other is to it. Within a panel all pairs are visited.
-    double* sums = mirrored(row, column) ? row_sum.data() + column : nullptr;
-    if (columns && !same) sums = column_sum.data() + column;
+    double* sums = mirrored(row, column) ? row_sum + column : nullptr;
+    if (column_sum != nullptr) sums = column_sum + column;
     if (shifted) {
-      pairs_.kernels_.sum_exponentials(tile, exponent_, row_sum.data() + row, sums);
+      pairs_.kernels_.sum_exponentials(tile, exponent_, row_sum + row, sums);
       return;
     }
-    float* shifts = sums == nullptr ? nullptr : (same ? row_shift : column_shift).data() + column;
+    float* shifts = sums == nullptr ? nullptr : column_shift + column;
     float* matrix = matrix_of_this_thread();
     pairs_.kernels_.similarities(tile, none, matrix);
-    pairs_.kernels_.sum_online(tile, exponent_, matrix, row_shift.data() + row, row_sum.data() + row, shifts, sums);
+    pairs_.kernels_.sum_online(tile, exponent_, matrix, row_shift + row, row_sum + row, shifts, sums);
   });
-  const auto finish = [&](const std::vector<double>& sum, const std::vector<float>& shift, double* lse) {
-    for (size_t n = 0; n < sum.size(); ++n)
-      lse[n] = sum[n] == 0.0 ? lowest : (std::log2(sum[n]) + (shifted ? exponent_.shift : shift[n])) * kLn2;
+  const auto finish = [&](int64_t count, const double* sum, const float* shift, double* lse) {
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t own = at(n);
+      lse[n] = sum[own] == 0.0 ? lowest : (std::log2(sum[own]) + (shifted ? exponent_.shift : shift[own])) * kLn2;
+    }
   };
-  finish(row_sum, row_shift, row_lse);
+  finish(pairs_.rows, row_sum, row_shift, row_lse);
   if (columns && same) std::copy_n(row_lse, pairs_.rows, column_lse);
-  if (columns && !same) finish(column_sum, column_shift, column_lse);
+  if (column_sum != nullptr) finish(pairs_.columns, column_sum, column_shift, column_lse);
 }
 
 template <typename Weigh>
 void Problem::accumulate(bool need_key, const Weigh& weigh) {
   const int64_t width = pairs_.width_;
   const bool same = pairs_.options_.same;
+  if (pairs_.one_tile_) {  // which `write` multiplies
+    weigh(whole_, 0, 0, weights_.of(pairs_.rows * kMatrixRow));
+    return;
+  }
   for (Vectors* vectors : {&query_, &key_}) {
     const bool wanted = vectors == &query_ || (need_key && !same);
     vectors->gradient = wanted ? vectors->gradients.of(vectors->count * width) : nullptr;
     if (wanted)
-      parallel_for(0, vectors->count, grain(width / 4), [&](int64_t begin, int64_t end) {
+      side_by_side(vectors->count, width / 4, [&](int64_t begin, int64_t end) {
         std::fill(vectors->gradient + begin * width, vectors->gradient + end * width, 0.0f);
       });
   }
@@ -191,72 +225,72 @@ void Problem::differentiate(const SideGradient& row, const SideGradient& column,
   if (!(unit_ > 0.0 && std::isfinite(unit_))) unit_ = 1.0;
   const bool same = pairs_.options_.same, shifted = exponent_.shift >= 0.0f;
   const float none = std::copysign(std::numeric_limits<float>::infinity(), -exponent_.scale);
-  Factors of_rows = factors(row, pairs_.rows), of_columns = factors(column, pairs_.columns);
+  find_factors(row, pairs_.rows, row_factors_);
+  find_factors(column, pairs_.columns, column_factors_);
+  float *row_factor = row_factors_.factor.of(pairs_.rows), *column_factor = column_factors_.factor.of(pairs_.columns);
+  const float *row_shift = row_factors_.shift.get(), *column_shift = column_factors_.shift.get();
   if (same) {
     // Each vector is a row in its own right and a column to all others: one symmetric matrix holds both.
-    if (row.gradient == nullptr) of_rows.shift = of_columns.shift;
-    for (int64_t n = 0; n < pairs_.rows; ++n) of_rows.factor[n] += of_columns.factor[n];
-    of_columns = of_rows;
+    if (row.gradient == nullptr) row_shift = column_shift;
+    for (int64_t n = 0; n < pairs_.rows; ++n) row_factor[n] += column_factor[n];
+    column_shift = row_shift;
+    column_factor = row_factor;
   }
-  const std::vector<float> positive = positive_factors(positives);
+  const float* positive = positive_factors(positives);
   const bool rows = same || row.gradient != nullptr, columns = same || column.gradient != nullptr;
   accumulate(need_key, [&](const Tile& tile, int64_t first_row, int64_t first_column, float* matrix) {
-    const float* row_factor = of_rows.factor.data() + first_row;
-    const float* column_factor = of_columns.factor.data() + first_column;
     if (shifted) {
-      pairs_.kernels_.weigh_exponentials(tile, exponent_, row_factor, column_factor, matrix);
+      pairs_.kernels_.weigh_exponentials(tile, exponent_, row_factor + first_row, column_factor + first_column, matrix);
     } else {
       pairs_.kernels_.similarities(tile, none, matrix);
-      pairs_.kernels_.weigh_online(tile, exponent_, matrix, rows ? of_rows.shift.data() + first_row : nullptr,
-                                   row_factor, columns ? of_columns.shift.data() + first_column : nullptr,
-                                   column_factor);
+      pairs_.kernels_.weigh_online(tile, exponent_, matrix, rows ? row_shift + first_row : nullptr,
+                                   row_factor + first_row, columns ? column_shift + first_column : nullptr,
+                                   column_factor + first_column);
     }
-    if (!positive.empty()) subtract(positives, positive, tile, first_row, first_column, matrix);
+    if (positive != nullptr) subtract(positives, positive, tile, first_row, first_column, matrix);
   });
 }
 
 // factor[n] 2^(dot * scale - shift[n]) is the gradient with respect to the similarity, in units of unit_.
-Problem::Factors Problem::factors(const SideGradient& side, int64_t count) const {
+void Problem::find_factors(const SideGradient& side, int64_t count, Factors& result) const {
   const bool shifted = exponent_.shift >= 0.0f;
-  Factors result;
-  result.shift.assign(count, shifted ? exponent_.shift : 0.0f);
-  result.factor.assign(count, 0.0f);
+  float *shifts = result.shift.of(count), *factors = result.factor.of(count);
+  std::fill_n(shifts, count, shifted ? exponent_.shift : 0.0f);
+  std::fill_n(factors, count, 0.0f);
   for (int64_t n = 0; side.gradient != nullptr && n < count; ++n) {
     const double lse = side.lse[n] * kLog2E;
     if (lse == -std::numeric_limits<double>::infinity()) continue;  // everything was excluded
-    if (!shifted) result.shift[n] = static_cast<float>(std::ceil(lse));
-    const double gradient = double(side.gradient[n]) / unit_;
-    result.factor[n] = static_cast<float>(gradient * std::exp2(double(result.shift[n]) - lse));
+    const int64_t own = at(n);
+    if (!shifted) shifts[own] = static_cast<float>(std::ceil(lse));
+    factors[own] = static_cast<float>(double(side.gradient[n]) / unit_ * std::exp2(double(shifts[own]) - lse));
   }
-  return result;
 }
 
-// What each positive of a row takes off.
-std::vector<float> Problem::positive_factors(const Positives& positives) const {
-  std::vector<float> result(positives.gradient == nullptr ? 0 : pairs_.rows);
-  for (size_t n = 0; n < result.size(); ++n) {
+const float* Problem::positive_factors(const Positives& positives) {
+  if (positives.gradient == nullptr) return nullptr;
+  float* result = positive_.of(pairs_.rows);
+  for (int64_t n = 0; n < pairs_.rows; ++n) {
     const int64_t count = positives.first == nullptr ? 1 : positives.last[n] - positives.first[n] - 1;
-    result[n] = static_cast<float>(count > 0 ? double(positives.gradient[n]) / unit_ / double(count) : 0.0);
+    result[at(n)] = static_cast<float>(count > 0 ? double(positives.gradient[n]) / unit_ / double(count) : 0.0);
   }
   return result;
 }
 
-void Problem::subtract(const Positives& positives, const std::vector<float>& factor, const Tile& tile,
-                       int64_t first_row, int64_t first_column, float* matrix) const {
+void Problem::subtract(const Positives& positives, const float* factor, const Tile& tile, int64_t first_row,
+                       int64_t first_column, float* matrix) const {
   for (int64_t n = 0; n < tile.rows; ++n) {
-    float* entries = matrix + n * kMatrixRow;
     const int64_t row = first_row + n;
+    float* entries = matrix + (at(row) - first_row) * kMatrixRow - first_column;
+    const float own = factor[at(row)];
     if (positives.first == nullptr) {
-      const int64_t own = row + positives.offset - first_column;
-      if (own >= 0 && own < tile.columns) entries[own] -= factor[row];
+      const int64_t other = row + positives.offset;
+      if (other >= first_column && other < first_column + tile.columns) entries[other] -= own;
       continue;
     }
-    const int64_t self = row - first_column;
-    const int64_t first = std::max<int64_t>(positives.first[row] - first_column, 0);
-    const int64_t last = std::min(positives.last[row] - first_column, tile.columns);
-    const float* others = factor.data() + first_column;
-    for (int64_t column = first; column < last; ++column) entries[column] -= factor[row] + others[column];
-    if (self >= first && self < last) entries[self] += factor[row] + others[self];
+    const int64_t first = std::max(positives.first[row], first_column);
+    const int64_t last = std::min(positives.last[row], first_column + tile.columns);
+    for (int64_t other = first; other < last; ++other) entries[at(other)] -= own + factor[at(other)];
+    if (row >= first && row < last) entries[at(row)] += own + factor[at(row)];
   }
 }
 

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "interpolation.h"
 #include "pairwise_tile.h"
 
 namespace voxtrast {
@@ -31,6 +32,13 @@ torch::stable::Tensor sum_to_scalar(const std::vector<double>& numbers, const to
 const double* double_data(const torch::stable::Tensor& tensor, int64_t count, const char* name);
 const int64_t* whole_data(const torch::stable::Tensor& tensor, int64_t count, const char* name);
 
+// Has untouched memory come in large pages where the system has them. In small ones, the 64 MB that a bank of 65536
+// vectors needs cost as much time as its products with 256 queries.
+void prefer_large_pages(void* memory, int64_t bytes);
+
+// Uninitialised, of the shape and type of `vectors`.
+torch::stable::Tensor new_gradient(const torch::stable::Tensor& vectors);
+
 // Memory that is kept for the next problem and not cleared.
 template <typename T>
 class Buffer {
@@ -38,6 +46,7 @@ class Buffer {
   T* of(int64_t count) {
     if (count > count_) {
       data_.reset(new T[count]);
+      prefer_large_pages(data_.get(), count * int64_t(sizeof(T)));
       count_ = count;
     }
     return data_.get();
@@ -99,7 +108,7 @@ class Problem {
 
   // Writes the gradients of all vectors of this problem into (B, N, C) and, unless it is null, (B, M, C), of the type
   // of the vectors, and returns the gradient of the scale.
-  double write(torch::stable::Tensor& grad_query, torch::stable::Tensor* grad_key) const;
+  double write(torch::stable::Tensor& grad_query, torch::stable::Tensor* grad_key);
 
  private:
   friend class Pairwise;
@@ -108,17 +117,26 @@ class Problem {
     const torch::stable::Tensor* given;
     int64_t count;
     Buffer<float> memory, inverse_norms, gradients;
+    Buffer<double> paired;  // each vector with its gradient
     const float* data = nullptr;
     float* gradient = nullptr;  // (count, width) in units of scale_ * unit_; null where it is not needed
     double largest_norm = 0.0;
   };
   struct Factors {
-    std::vector<float> shift, factor;
+    Buffer<float> shift, factor;
   };
 
   Problem(const class Pairwise& pairs);
   void load(int64_t problem);
   void convert(Vectors& vectors) const;
+  const int64_t* order() const;
+  // Where vector n of the order stands here: the one tile is small enough to leave the vectors where they were.
+  int64_t at(int64_t n) const { return places_ == nullptr ? n : places_[n]; }
+  void pack();
+  void find_whole();
+  // Calls work(begin, end) for the items 0 .. count, side by side where the problem is worth it.
+  template <typename Work>
+  void side_by_side(int64_t count, int64_t cost, const Work& work) const;
   Exponent exponent(double largest_norm) const;
   Vectors& keys();
   const Vectors& keys() const;
@@ -134,16 +152,23 @@ class Problem {
   // Calls weigh(tile, row, column, matrix) for all tiles and multiplies.
   template <typename Weigh>
   void accumulate(bool need_key, const Weigh& weigh);
-  Factors factors(const SideGradient& side, int64_t count) const;
-  std::vector<float> positive_factors(const Positives& positives) const;
-  void subtract(const Positives& positives, const std::vector<float>& factor, const Tile& tile, int64_t row,
-                int64_t column, float* matrix) const;
+  void find_factors(const SideGradient& side, int64_t count, Factors& result) const;
+  // What each positive of a row takes off; null where there are none.
+  const float* positive_factors(const Positives& positives);
+  void subtract(const Positives& positives, const float* factor, const Tile& tile, int64_t row, int64_t column,
+                float* matrix) const;
   std::pair<Exponent, float> threshold(double shift) const;
-  double write(const Vectors& vectors, torch::stable::Tensor& target) const;
+  double write(Vectors& vectors, torch::stable::Tensor& target);
 
   const class Pairwise& pairs_;
   Vectors query_, key_;
   Buffer<float> packed_;  // (strips, width, strip)
+  Buffer<float> products_, weights_;
+  Tile whole_;  // of a problem that is one tile, with known products
+  const int64_t* places_ = nullptr;
+  Buffer<double> sums_, column_sums_;
+  Buffer<float> shifts_, column_shifts_, positive_, along_, by_;
+  Factors row_factors_, column_factors_;
   Exponent exponent_;     // the shift is negative where a maximum must be kept
   double unit_ = 1.0;     // of the gradients: the largest upstream one
 };
@@ -168,8 +193,18 @@ class Pairwise {
   const PairwiseOptions options_;
   const int64_t channels_, width_;
   bool small_;                        // not worth a second thread
+  bool one_tile_;                     // small, and no larger than a tile
   int64_t row_panel_, column_panel_;  // vectors of a panel
 };
+
+template <typename Work>
+void Problem::side_by_side(int64_t count, int64_t cost, const Work& work) const {
+  if (pairs_.small_) {
+    work(0, count);
+  } else {
+    torch::stable::parallel_for(0, count, grain(cost), work);
+  }
+}
 
 template <typename Work>
 void Pairwise::each_problem(const Work& work) const {

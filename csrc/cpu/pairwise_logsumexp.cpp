@@ -62,8 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_backward(const Tensor& query_given, 
   const SideGradient of_columns{lse(kept[2], columns, "column_lse"), gradient(kept[3], columns, "grad_column")};
   const float* positive = gradient(kept[4], rows, "grad_positive");
   need_key = need_key && !same;
-  Tensor grad_query = torch::stable::new_empty(query, query.sizes());
-  Tensor grad_key = need_key ? torch::stable::new_empty(key, key.sizes()) : torch::stable::new_empty(key, {0});
+  Tensor grad_query = new_gradient(query);
+  Tensor grad_key = need_key ? new_gradient(key) : torch::stable::new_empty(key, {0});
   std::vector<double> of_scale(pairs.batch);
   pairs.each_problem([&](Problem& problem) {
     const auto part = [&](const auto* data, int64_t count) {

@@ -29,8 +29,19 @@ struct Tile {
   const float* query;   // (rows, width)
   const float* key;     // (columns, width)
   const float* packed;  // the same keys, (strips, width, strip)
+  const float* known;   // their dot products (rows, kMatrixRow) where somebody has computed them: packed is not read
   int64_t rows, columns, width;
   int64_t diagonal;  // the entry (i, i + diagonal) is excluded; kNoDiagonal for none
+};
+
+// How gradients of vectors are finished: to (count, channels), each at its place in the order where there is one, is
+// factor (gradient - along vector).
+struct Finish {
+  const float *factor, *along;  // (count)
+  const float* vectors;         // (count, width)
+  const int64_t* order;         // null: as they stand
+  int64_t channels;
+  float* to;
 };
 
 struct Kernels {
@@ -38,8 +49,25 @@ struct Kernels {
   int64_t lanes;  // floats of a vector: `width` is a multiple of it
   int64_t strip;  // keys of a packed strip
 
+  // to (count, width) = the vectors (count, channels), in that order where there is one, padded with zeros, and their
+  // lengths. `to` may be `from`; where it is null the lengths alone are computed.
+  void (*read)(const float* from, const int64_t* order, int64_t count, int64_t channels, int64_t width, float* to,
+               float* norm);
+
+  // vectors (count, width): each times its factor.
+  void (*scale)(const float* factor, int64_t count, int64_t width, float* vectors);
+
+  // result[i] = <one[i], other[i]>, summed in float64
+  void (*paired)(const float* one, const float* other, int64_t count, int64_t width, double* result);
+
+  void (*write)(const float* gradients, int64_t count, int64_t width, const Finish& finish);
+
   // packed (strips, width, strip), zeros where `columns` ends within a strip.
   void (*pack)(const float* key, int64_t columns, int64_t width, float* packed);
+
+  // matrix (count, kMatrixRow) of the dot products of a set of at most kTileRows vectors with itself, and zeros beyond
+  // its last column
+  void (*products)(const float* vectors, int64_t count, int64_t width, float* matrix);
 
   // row_sum[i] += sum_j 2^exponent, and column_sum[j] += sum_i 2^exponent unless it is null.
   void (*sum_exponentials)(const Tile&, const Exponent&, double* row_sum, double* column_sum);
@@ -69,6 +97,12 @@ struct Kernels {
   // grad_query (rows, width) += matrix key;  grad_key (columns, width) += transposed matrix query.
   // Either gradient may be null.
   void (*multiply)(const Tile&, const float* matrix, float* grad_query, float* grad_key);
+
+  // For a tile that is a whole problem, with known products. row_sum[i] = sum_j matrix_ij product_ij, and the same for
+  // the columns unless column_sum is null; then matrix key or transposed matrix query, finished and written at once.
+  void (*sum_products)(const Tile&, const float* matrix, double* row_sum, double* column_sum);
+  void (*write_rows)(const Tile&, const float* matrix, const Finish& finish);
+  void (*write_columns)(const Tile&, const float* matrix, const Finish& finish);
 };
 
 // The widest path that this processor has; the environment variable VOXTRAST_CPU (avx512, avx2 or portable) lowers it.

@@ -5,34 +5,16 @@
 // and the instruction set. Nothing of the standard library is used here: an inline function of it, compiled for
 // AVX-512, could be the copy that the linker keeps for everybody.
 
+#include "pairwise_registers.inl"
+#include "pairwise_exponentials.inl"
+#include "pairwise_vectors.inl"
+
 namespace voxtrast {
 namespace {
 
-constexpr int kLanes = VOXTRAST_LANES;
 constexpr int kRows = VOXTRAST_ROWS;
-constexpr int kVectors = 2;
-constexpr int64_t kStrip = kVectors * kLanes;
 constexpr int kOutRows = VOXTRAST_OUT_ROWS;
 constexpr int kOutVectors = VOXTRAST_OUT_VECTORS;
-
-typedef float Vector __attribute__((vector_size(kLanes * 4)));
-typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
-typedef float Unaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-typedef double Doubles __attribute__((vector_size(kLanes * 8), aligned(8), may_alias));
-
-#define VOXTRAST_INLINE inline __attribute__((always_inline))
-
-VOXTRAST_INLINE Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
-VOXTRAST_INLINE void store(float* to, Vector value) { *reinterpret_cast<Unaligned*>(to) = value; }
-VOXTRAST_INLINE Vector splat(float value) { return value - Vector{}; }
-
-VOXTRAST_INLINE float total(Vector value) {
-  float sum = 0.0f;
-  for (int lane = 0; lane < kLanes; ++lane) sum += value[lane];
-  return sum;
-}
-
-VOXTRAST_INLINE int64_t smaller(int64_t one, int64_t other) { return one < other ? one : other; }
 
 // sum[r][v] = sum over k of left(k, r) * right(k, v); left by elements, right by whole vectors.
 template <int R, int V>
@@ -55,84 +37,6 @@ VOXTRAST_INLINE void multiply_block(const float* left, int64_t left_step, int64_
   }
 }
 
-constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-
-// 2^x for x = whole + fraction, |fraction| <= 1/2 (and a little). `magic` is kMagic + whole.
-VOXTRAST_INLINE Vector power(Vector magic, Vector fraction) {
-  // Minimax in relative error; 8e-8 with the coefficients and the sums in float32.
-  Vector p = splat(0.0001534581242594868f);
-  p = p * fraction + 0.0013399930903688073f;
-  p = p * fraction + 0.009618489071726799f;
-  p = p * fraction + 0.05550328642129898f;
-  p = p * fraction + 0.24022646248340607f;
-  p = p * fraction + 0.6931471824645996f;
-  p = p * fraction + 1.0f;
-  // The low bits of kMagic's pattern are zeros: what remains after the shift is `whole` at the place of the exponent.
-  // A product and not a sum of patterns: NaN stays NaN.
-  const Integers exponent = (reinterpret_cast<Integers>(magic) << 23) + 0x3f800000;
-  return p * reinterpret_cast<Vector>(exponent);
-}
-
-// 2^(dot * scale - shift), shift whole numbers; the result must be a normal number.
-VOXTRAST_INLINE Vector exponential(Vector dot, const Exponent& e, Vector shift) {
-  const Vector offset = kMagic - shift;
-  const Vector magic = dot * e.scale + offset;
-  const Vector whole = magic - offset;  // plus the shift: exact
-  const Vector fraction = dot * e.scale_low + (dot * e.scale - whole);
-  return power(magic, fraction);
-}
-
-// The same for any result below 2: 0 below 2^-126. NaN stays NaN.
-VOXTRAST_INLINE Vector exponential_or_zero(Vector dot, const Exponent& e, Vector shift) {
-  const Integers vanishes = dot * e.scale - shift < -126.0f;
-  return vanishes ? Vector{} : exponential(dot, e, shift);
-}
-
-// log(1 + v) for 0 <= v <= 1: 2 atanh(v / (2 + v)), to 4e-9 relative before rounding.
-VOXTRAST_INLINE Vector log_of_one_more(Vector v) {
-  const Vector z = v / (v + 2.0f), y = z * z;
-  Vector p = splat(0.1408732831478119f);
-  p = p * y + 0.1398070901632309f;
-  p = p * y + 0.20012426376342773f;
-  p = p * y + 0.3333315849304199f;
-  p = p * y + 1.0f;
-  return 2.0f * z * p;
-}
-
-// What becomes of a similarity before it is summed or weighed.
-struct Exponential {
-  const Exponent& exponent;
-  VOXTRAST_INLINE Vector operator()(Vector dot) const { return exponential(dot, exponent, splat(exponent.shift)); }
-};
-
-// Both functions of x = log(2) (dot * scale - shift) need exp(-|x|), which never overflows.
-struct Softplus {
-  const Exponent& exponent;
-  float fraction;  // the rest of the shift, whose whole part is exponent.shift
-  float up, up_low, down, down_low;  // 2^fraction and its inverse, each with what float32 leaves over of it
-
-  VOXTRAST_INLINE Vector decay(Vector dot, Integers positive) const {
-    const Vector side = positive ? splat(-1.0f) : splat(1.0f);
-    const Vector e = exponential_or_zero(side * dot, exponent, side * exponent.shift);
-    return e * (positive ? splat(up) : splat(down)) + e * (positive ? splat(up_low) : splat(down_low));
-  }
-  VOXTRAST_INLINE Vector operator()(Vector dot) const {
-    const Vector x = (dot * exponent.scale - exponent.shift) - fraction;
-    const Integers positive = x > 0.0f;
-    const Vector result = log_of_one_more(decay(dot, positive));
-    return positive ? x * 0.6931471805599453f + result : result;
-  }
-};
-
-struct Sigmoid {
-  Softplus softplus;
-  VOXTRAST_INLINE Vector operator()(Vector dot) const {
-    const Integers positive = dot * softplus.exponent.scale - softplus.exponent.shift > softplus.fraction;
-    const Vector v = softplus.decay(dot, positive);
-    return (positive ? splat(1.0f) : v) / (v + 1.0f);
-  }
-};
-
 // Calls work.run<R>() for a block of R rows, R <= kRows.
 template <int R, typename Work>
 VOXTRAST_INLINE void with_rows(int64_t rows, const Work& work) {
@@ -146,6 +50,13 @@ VOXTRAST_INLINE void with_rows(int64_t rows, const Work& work) {
 // The similarities of a block of R queries and a strip of keys.
 template <int R>
 VOXTRAST_INLINE void similarities(const Tile& tile, int64_t row, int64_t column, Vector (&dot)[R][kVectors]) {
+  if (tile.known != nullptr) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) dot[r][v] = load(tile.known + (row + r) * kMatrixRow + column + v * kLanes);
+    return;
+  }
   multiply_block<R, kVectors>(tile.query + row * tile.width, 1, tile.width, tile.packed + column * tile.width, kStrip,
                               tile.width, dot);
 }
@@ -155,17 +66,6 @@ VOXTRAST_INLINE bool on_diagonal(const Tile& tile, int64_t row, int64_t rows, in
   if (tile.diagonal == kNoDiagonal) return false;
   const int64_t first = row + tile.diagonal, last = first + rows - 1;
   return last >= column && first < column + kStrip;
-}
-
-void pack(const float* key, int64_t columns, int64_t width, float* packed) {
-  for (int64_t first = 0; first < columns; first += kStrip) {
-    const int64_t count = smaller(kStrip, columns - first);
-    for (int64_t channel = 0; channel < width; ++channel) {
-      float* to = packed + first * width + channel * kStrip;
-      for (int64_t n = 0; n < count; ++n) to[n] = key[(first + n) * width + channel];
-      for (int64_t n = count; n < kStrip; ++n) to[n] = 0.0f;
-    }
-  }
 }
 
 template <typename Function>
@@ -186,15 +86,15 @@ struct SumBlock {
       for (int v = 0; v < kVectors; ++v) e[r][v] = function(e[r][v]);
     const int64_t columns = smaller(kStrip, tile.columns - column);
     if (columns < kStrip || on_diagonal(tile, row, R, column)) {
-      float entries[R][kStrip];
-      for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < kVectors; ++v) store(entries[r] + v * kLanes, e[r][v]);
-        for (int64_t n = columns; n < kStrip; ++n) entries[r][n] = 0.0f;
-        if (tile.diagonal != kNoDiagonal) {
-          const int64_t own = row + r + tile.diagonal - column;
-          if (own >= 0 && own < kStrip) entries[r][own] = 0.0f;
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        const Integers place = lane_numbers() + v * kLanes;
+        const Integers beyond = place >= static_cast<int>(columns);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const int own = tile.diagonal == kNoDiagonal ? -1 : static_cast<int>(row + r + tile.diagonal - column);
+          e[r][v] = (beyond | (place == own)) ? Vector{} : e[r][v];
         }
-        for (int v = 0; v < kVectors; ++v) e[r][v] = load(entries[r] + v * kLanes);
       }
     }
 #pragma GCC unroll 16
@@ -387,58 +287,119 @@ void weigh_online(const Tile& tile, const Exponent& exponent, float* matrix, con
   }
 }
 
-// out (R rows of out_row floats, V vectors) += sum over k of left(k, r) * right(k, v).
-template <int V>
-struct AddProduct {
-  const float *left, *right;
-  int64_t left_step, left_row, right_step, depth;
-  float* out;
-  int64_t out_row;
+// What becomes of the products of a matrix and vectors: added to gradients (rows, width), or finished.
+struct Add {
+  float* gradients;
+  VOXTRAST_INLINE void operator()(int64_t row, int64_t channel, int64_t width, Vector sum) const {
+    float* to = gradients + row * width + channel;
+    store(to, load(to) + sum);
+  }
+  VOXTRAST_INLINE void prepare(int64_t row, int64_t channel) const {}
+};
+
+struct Write {
+  const Finish finish;  // a copy, which stays in registers: what is written could be anything
+  VOXTRAST_INLINE void operator()(int64_t row, int64_t channel, int64_t width, Vector sum) const {
+    finish_part(finish, row, channel, width, sum);
+  }
+  // What is written later comes into the cache while the products are computed.
+  VOXTRAST_INLINE void prepare(int64_t row, int64_t channel) const {
+    __builtin_prefetch(finish.to + (finish.order == nullptr ? row : finish.order[row]) * finish.channels + channel, 1, 3);
+  }
+};
+
+// left, by elements, times right (depth, width)
+template <typename Output>
+struct Product {
+  const float* left;
+  int64_t left_step, left_row;
+  const float* right;
+  int64_t depth, width, rows;
+  const Output output;
+};
+
+// The product of a block of R rows and V vectors.
+template <int V, typename Output>
+struct ProductBlock {
+  const Product<Output>& of;
+  int64_t row, channel;
 
   template <int R>
   VOXTRAST_INLINE void run() const {
     Vector sum[R][V];
-    multiply_block<R, V>(left, left_step, left_row, right, right_step, depth, sum);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
-        float* to = out + r * out_row + v * kLanes;
-        store(to, load(to) + sum[r][v]);
-      }
+      for (int v = 0; v < V; ++v) of.output.prepare(row + r, channel + v * kLanes);
+    multiply_block<R, V>(of.left + row * of.left_row, of.left_step, of.left_row, of.right + channel, of.width, of.depth,
+                         sum);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) of.output(row + r, channel + v * kLanes, of.width, sum[r][v]);
   }
 };
 
-// out (rows, width) += left (by elements) times right (depth, width)
-template <int V>
-VOXTRAST_INLINE void add_columns(const float* left, int64_t left_step, int64_t left_row, const float* right,
-                                 int64_t depth, int64_t width, int64_t channel, int64_t rows, float* out) {
-  for (int64_t row = 0; row < rows; row += kOutRows)
-    with_rows<kOutRows>(smaller(kOutRows, rows - row),
-                        AddProduct<V>{left + row * left_row, right + channel, left_step, left_row, width, depth,
-                                      out + row * width + channel, width});
+template <typename Output>
+void compute(const Product<Output> product) {
+  for (int64_t row = 0; row < product.rows; row += kOutRows) {
+    const int64_t rows = smaller(kOutRows, product.rows - row);
+    int64_t channel = 0;
+    for (; channel + kOutVectors * kLanes <= product.width; channel += kOutVectors * kLanes)
+      with_rows<kOutRows>(rows, ProductBlock<kOutVectors, Output>{product, row, channel});
+    for (; channel < product.width; channel += kLanes)
+      with_rows<kOutRows>(rows, ProductBlock<1, Output>{product, row, channel});
+  }
 }
 
-void add_product(const float* left, int64_t left_step, int64_t left_row, const float* right, int64_t depth,
-                 int64_t width, int64_t rows, float* out) {
-  int64_t channel = 0;
-  for (; channel + kOutVectors * kLanes <= width; channel += kOutVectors * kLanes)
-    add_columns<kOutVectors>(left, left_step, left_row, right, depth, width, channel, rows, out);
-  for (; channel < width; channel += kLanes)
-    add_columns<1>(left, left_step, left_row, right, depth, width, channel, rows, out);
+template <typename Output>
+void multiply_rows(const Tile& tile, const float* matrix, const Output& output) {
+  compute(Product<Output>{matrix, 1, kMatrixRow, tile.key, tile.columns, tile.width, tile.rows, output});
+}
+
+template <typename Output>
+void multiply_columns(const Tile& tile, const float* matrix, const Output& output) {
+  compute(Product<Output>{matrix, kMatrixRow, 1, tile.query, tile.rows, tile.width, tile.columns, output});
 }
 
 void multiply(const Tile& tile, const float* matrix, float* grad_query, float* grad_key) {
-  if (grad_query != nullptr)
-    add_product(matrix, 1, kMatrixRow, tile.key, tile.columns, tile.width, tile.rows, grad_query);
-  if (grad_key != nullptr)
-    add_product(matrix, kMatrixRow, 1, tile.query, tile.rows, tile.width, tile.columns, grad_key);
+  if (grad_query != nullptr) multiply_rows(tile, matrix, Add{grad_query});
+  if (grad_key != nullptr) multiply_columns(tile, matrix, Add{grad_key});
+}
+
+void sum_products(const Tile& tile, const float* matrix, double* row_sum, double* column_sum) {
+  constexpr int kHalf = kLanes / 2;
+  const int64_t parts = (tile.columns + kHalf - 1) / kHalf;
+  Doubles columns[kTileColumns / kHalf] = {};
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    Doubles sum = {};
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t entry = row * kMatrixRow + part * kHalf;
+      const Doubles products = load_doubles(matrix + entry) * load_doubles(tile.known + entry);
+      sum += products;
+      if (column_sum != nullptr) columns[part] += products;
+    }
+    row_sum[row] = total(sum);
+  }
+  for (int64_t column = 0; column_sum != nullptr && column < tile.columns; ++column)
+    column_sum[column] = columns[column / kHalf][column % kHalf];
+}
+
+void write_rows(const Tile& tile, const float* matrix, const Finish& finish) {
+  multiply_rows(tile, matrix, Write{finish});
+}
+
+void write_columns(const Tile& tile, const float* matrix, const Finish& finish) {
+  multiply_columns(tile, matrix, Write{finish});
 }
 
 }  // namespace
 
-const Kernels VOXTRAST_KERNELS = {VOXTRAST_NAME,      kLanes,       kStrip,     pack,         sum_exponentials,
-                                  weigh_exponentials, similarities, sum_online, weigh_online, sum_softplus,
-                                  weigh_sigmoids,     multiply};
+const Kernels VOXTRAST_KERNELS = {
+    VOXTRAST_NAME, kLanes,           kStrip,
+    read,          scale,            paired,             write,        pack,
+    products,      sum_exponentials, weigh_exponentials, similarities, sum_online,
+    weigh_online,  sum_softplus,     weigh_sigmoids,     multiply,     sum_products,
+    write_rows,    write_columns};
 
 }  // namespace voxtrast

@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor> positional_info_nce_backward(const Tensor& grad_loss_
   const int64_t rows = pairs.rows;
   const float* given = float_data(grad_loss, pairs.batch * rows, "grad_loss");
   const double* sums = double_data(lse, pairs.batch * rows, "lse");
-  Tensor grad_features = torch::stable::new_empty(features, features.sizes());
+  Tensor grad_features = new_gradient(features);
   std::vector<double> of_scale(pairs.batch);
   pairs.each_problem([&](Problem& problem) {
     const int64_t start = positions.of(problem.index);
