@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from ._position_ranges import ranges
 from ._ranks import check_equal_sizes, gather
 from .pairwise_logsumexp import pairwise_gradients, unit_vectors
 
@@ -26,8 +27,6 @@ def global_positional_info_nce(
         features: (B, N, C), B and N the same on every rank.
         positions: (P, N) float32, one row for all problems or one for each.
     """
-    from .positional_info_nce import ranges
-
     check_equal_sizes("features", features, group)
     check_equal_sizes("positions", positions, group)
     everywhere = gather(positions, group)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._checks import check_device, check_floating, check_vectors, check_weights
 from ._global_positional_info_nce import global_positional_info_nce
+from ._position_ranges import ranges
 from ._ranks import ranks_of
 from ._registration import (
     gradients_by_reference,
@@ -26,8 +27,6 @@ from ._registration import (
 )
 from .info_nce import check_reduction, reduce_losses, reduce_over_ranks, scale_of
 from .pairwise_logsumexp import as_problems, similarities, unit_vectors
-
-FEW = 64  # vectors: up to here to compare all positions is faster than the many steps of a bisection
 
 
 def positional_info_nce(
@@ -137,29 +136,6 @@ def positional_info_nce_reference(
 
 def _share(has_positives: Tensor, weights: Tensor | None) -> Tensor:
     return has_positives if weights is None else torch.where(has_positives, weights.detach(), 0)
-
-
-def ranges(positions: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """For each of the sorted positions (..., N) the first index and the index after the last that is nearer than the
-    threshold. Bisection on the predicate: a search for position - threshold would round otherwise than it does."""
-    count = positions.shape[-1]
-    limit = torch.tensor(threshold, dtype=torch.float32, device=positions.device)
-    if count <= FEW:
-        far = ~((positions[..., :, None] - positions[..., None, :]).abs() < limit)
-        return far.tril(-1).sum(-1), count - far.triu(1).sum(-1)
-    own = torch.arange(count, device=positions.device).expand(positions.shape)
-    below, above = torch.zeros_like(own), torch.full_like(own, count - 1)
-    first, last = own.clone(), own.clone()  # near enough, as far as is known
-    for _ in range(count.bit_length()):
-        middle = (below + first) // 2
-        near = (positions - positions.gather(-1, middle)) < limit
-        near &= middle < first
-        first, below = torch.where(near, middle, first), torch.where(near, below, torch.minimum(middle + 1, first))
-        middle = (above + last + 1) // 2
-        near = (positions.gather(-1, middle) - positions) < limit
-        near &= middle > last
-        last, above = torch.where(near, middle, last), torch.where(near, above, torch.maximum(middle - 1, last))
-    return first, last + 1
 
 
 def _rows(

@@ -22,8 +22,8 @@ from voxtrast.kernels import (
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One shift serves both of the first two; at the last every row and column keeps its maximum.
 TEMPERATURES = [0.2, 0.07, 0.01]
-# Few numbers of channels: on a GPU each of them compiles kernels. The interpreter is slow: ordinary tests see every type and every temperature once, and no gradient of a temperature,
-# which is one number a draw and wants many.
+# Few numbers of channels: on a GPU each of them compiles kernels. The interpreter is slow: ordinary tests see every
+# type and every temperature once, and no gradient of a temperature, which is one number a draw and wants many.
 CASES = [
     pytest.param(dtype, temperature, False, id=f"{dtype}-{temperature}")
     for dtype, temperature in zip(DTYPES, TEMPERATURES, strict=True)
