@@ -304,7 +304,8 @@ struct Write {
   }
   // What is written later comes into the cache while the products are computed.
   VOXTRAST_INLINE void prepare(int64_t row, int64_t channel) const {
-    __builtin_prefetch(finish.to + (finish.order == nullptr ? row : finish.order[row]) * finish.channels + channel, 1, 3);
+    const int64_t place = finish.order == nullptr ? row : finish.order[row];
+    __builtin_prefetch(finish.to + place * finish.channels + channel, 1, 3);
   }
 };
 
