@@ -104,8 +104,11 @@ def positional_info_nce(
     first, last = ranges(where.gather(-1, order), threshold)
     problems = as_problems(features)
     losses, _ = torch.ops.voxtrast.positional_info_nce(problems, order, first, last, scale, normalize)
-    has_positives = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, last - first > 1)
-    share = _share(has_positives.expand(losses.shape).reshape(features.shape[:-1]), weights)
+    has_positives = last - first > 1
+    if weights is None and reduction == "mean":  # no mask: what has no positives has no loss
+        return losses.sum() / (has_positives.sum() * (len(losses) // len(order))).clamp(min=1)
+    placed = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, has_positives)
+    share = _share(placed.expand(losses.shape).reshape(features.shape[:-1]), weights)
     return reduce_losses(losses.reshape(features.shape[:-1]), share, reduction)
 
 
