@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from voxtrast.kernels import positional_info_nce, positional_info_nce_reference
@@ -18,14 +19,23 @@ def cases(quick: bool, place: Place = CPU) -> list[dict[str, int]]:
     return [{"problems": 256 if quick else 1024, "N": 32, "C": 128}]
 
 
-def one_call_a_pixel(features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """As the official code does it: a Python loop over the pixels, each with its own masks."""
+def by_product(vectors: Tensor) -> Tensor:
+    unit = functional.normalize(vectors, dim=-1)
+    return unit @ unit.T
+
+
+def by_broadcast(vectors: Tensor) -> Tensor:
+    """As JCL is published: N x N x C numbers for each pixel."""
+    return functional.cosine_similarity(vectors[:, None, :], vectors[None, :, :], dim=2)
+
+
+def one_call_a_pixel(features: Tensor, positions: Tensor, cosines: Callable[[Tensor], Tensor]) -> Tensor:
+    """The published loop over the pixels, each with its own masks."""
     total = features.new_zeros(())
     for vectors in features.float():
-        unit = functional.normalize(vectors, dim=-1)
-        logits = unit @ unit.T / TEMPERATURE
+        logits = cosines(vectors) / TEMPERATURE
         near = ((positions[:, None] - positions[None, :]).abs() < THRESHOLD).float()
-        others = 1 - torch.eye(len(unit), device=unit.device)
+        others = 1 - torch.eye(len(vectors), device=vectors.device)
         near = near * others
         logits = logits - logits.max(dim=1, keepdim=True).values.detach()
         log_share = logits - (logits.exp() * others).sum(1, keepdim=True).log()
@@ -42,11 +52,12 @@ def build(shape: dict[str, int], place: Place = CPU) -> Case:
     compiled = torch.compile(positional_info_nce_reference, dynamic=False)
 
     plain_type = "" if place.dtype == torch.float32 else ", float32"  # the plain forms compute in it whatever they get
-    losses: dict[str, Callable[..., torch.Tensor]] = {
+    losses: dict[str, Callable[..., Tensor]] = {
         "ours": lambda x: positional_info_nce(x, positions, **options),
         f"eager, all pixels{plain_type}": lambda x: positional_info_nce_reference(x, positions, **options),
         f"torch.compile{plain_type}": lambda x: compiled(x, positions, **options),
-        f"a call a pixel{plain_type}": lambda x: one_call_a_pixel(x, positions),
+        f"a call a pixel{plain_type}": lambda x: one_call_a_pixel(x, positions, by_product),
+        f"a call a pixel, published{plain_type}": lambda x: one_call_a_pixel(x, positions, by_broadcast),
     }
     steps = {name: gradients_of(loss, features) for name, loss in losses.items()}
     pairs = problems * count * count
