@@ -10,7 +10,7 @@ def ranges(positions: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """For each of the sorted positions (..., N) the first index and the index after the last that is nearer than the
     threshold. Bisection on the predicate: a search for position - threshold would round otherwise than it does."""
     count = positions.shape[-1]
-    limit = torch.tensor(threshold, dtype=torch.float32, device=positions.device)
+    limit = torch.full((), threshold, dtype=torch.float32, device=positions.device)  # a copy would make a GPU wait
     if count <= FEW:
         far = ~((positions[..., :, None] - positions[..., None, :]).abs() < limit)
         return far.tril(-1).sum(-1), count - far.triu(1).sum(-1)

@@ -8,6 +8,8 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from .._registration import LIBRARY
 
 OPERATORS = (
@@ -22,8 +24,9 @@ OPERATORS = (
 
 
 def register() -> None:
-    """Adds the CUDA implementations to the schemas. Without Triton the torch reference stays in their place."""
-    if importlib.util.find_spec("triton") is not None:
+    """Adds the CUDA implementations to the schemas. Without Triton, and on AMD's GPUs, which torch calls CUDA devices
+    too, the torch reference stays in their place."""
+    if torch.version.hip is None and importlib.util.find_spec("triton") is not None:
         for name in OPERATORS:
             LIBRARY.impl(name, _imported_when_called(name), "CUDA")
 

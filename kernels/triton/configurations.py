@@ -1,7 +1,7 @@
 """Block sizes of the kernels: a table for each architecture (configurations.json), and its measuring.
 
-A table file named by VOXTRAST_TUNE is read before ours. What it lacks is measured at first use, on the problem at hand,
-and written to it. Without that variable nothing is ever measured.
+A table file named by VOXTRAST_TUNE is read before ours. What it lacks is measured at first use on a problem of 2048
+vectors or more, which takes minutes, and written to it. Without that variable nothing is ever measured.
 """
 
 import json
@@ -18,6 +18,7 @@ import triton.testing
 
 TABLE = Path(__file__).with_name("configurations.json")
 TUNE = "VOXTRAST_TUNE"
+WORTH_MEASURING = 2048  # vectors: in smaller problems many candidates are the same
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,11 @@ def choose(
     tuned = os.environ.get(TUNE)
     if tuned:
         found = _table(Path(tuned)).get(architecture, {}).get(key)
-        if found is None:
-            found = _measure(kernel, dtype, chunk, count, run)
+        if found is None and count >= WORTH_MEASURING:
+            found = _measure(kernel, dtype, chunk, run)
             _write(Path(tuned), architecture, key, found)
-        return found.shrunk(count)
+        if found is not None:
+            return found.shrunk(count)
     return _table(TABLE)[architecture][key].shrunk(count)
 
 
@@ -88,8 +90,14 @@ def _architecture(device: torch.device) -> str:
     """Of the table: the newest one known that the device can be taken for."""
     if device.type != "cuda":
         return "80"
+    major = torch.cuda.get_device_capability(device)[0]
+    if major < 8:
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)}: the fused operators need compute capability 8.0 or newer, this is "
+            f"{major}.x; use their `_reference` forms"
+        )
     # 12.x has the matrix units and the shared memory of 8.6, not those of 10.0.
-    return {9: "90", 10: "100"}.get(torch.cuda.get_device_capability(device)[0], "80")
+    return {9: "90", 10: "100"}.get(major, "80")
 
 
 @cache
@@ -100,15 +108,12 @@ def _table(file: Path) -> dict[str, dict[str, Configuration]]:
     return {name: {key: Configuration(**entry) for key, entry in table.items()} for name, table in read.items()}
 
 
-def _measure(
-    kernel: str, dtype: torch.dtype, chunk: int, count: int, run: Callable[[Configuration], Any]
-) -> Configuration:
+def _measure(kernel: str, dtype: torch.dtype, chunk: int, run: Callable[[Configuration], Any]) -> Configuration:
     best, least = None, float("inf")
     for each in candidates(kernel, dtype, chunk):
         try:
-            chosen = each.shrunk(count)
-            taken = triton.testing.do_bench(lambda one=chosen: run(one), warmup=5, rep=30, return_mode="median")
-        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
+            taken = triton.testing.do_bench(lambda one=each: run(one), warmup=5, rep=30, return_mode="median")
+        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, RuntimeError):
             continue
         if taken < least:
             best, least = each, taken

@@ -11,6 +11,8 @@ from torch.nn import functional
 
 from .pairwise import Pairs, Positives, SideGradient
 
+EXACT_ABOVE = 40.0  # log(1 + exp(x)) is x in float64
+
 
 def _on_device(operator: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device, which need not be that of the tensors."""
@@ -58,8 +60,8 @@ def pairwise_backward(
         column = SideGradient(grad_column, column_lse) if both else SideGradient(None)
     positives = None
     if grad_positive.numel():
-        rest = key.shape[1] - offset - query.shape[1]
-        positives = Positives(grad_positive.contiguous(), functional.pad(grad_positive, (offset, rest)))
+        taken, rest = grad_positive.contiguous(), key.shape[1] - offset - query.shape[1]
+        positives = Positives(taken, functional.pad(taken, (offset, rest)))
     return pairs.differentiate(
         row, column, positives, excluded=offset if exclude else None, offset=offset, need_key=need_key
     )
@@ -72,10 +74,10 @@ def info_nce(
     pairs = Pairs(query, key, scale, same=False, normalize=normalize)
     row, column = pairs.log_sum_exponentials(excluded=offset, both=symmetric)
     positive = pairs.paired(offset)
-    loss = functional.softplus(row - positive, threshold=1e9)
+    loss = functional.softplus(row - positive, threshold=EXACT_ABOVE)
     if column is None:
         return loss.float(), row, row.new_empty((query.shape[0], 0)), positive
-    back = functional.softplus(column[:, offset : offset + query.shape[1]] - positive, threshold=1e9)
+    back = functional.softplus(column[:, offset : offset + query.shape[1]] - positive, threshold=EXACT_ABOVE)
     return ((loss + back) / 2).float(), row, column, positive
 
 

@@ -3,7 +3,6 @@
 Nothing here looks at a value on the device: all launches can be captured in a CUDA graph.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,14 +12,16 @@ import triton
 from torch import Tensor
 
 from .configurations import Configuration, choose, multiprocessors
+from .grids import MOST, MOST_GRADIENTS, MOST_PARTIAL, even_splits, groups, triangle_groups
 from .pairwise_gradients import gradient_kernel
 from .pairwise_sums import LARGEST_SHIFT, LOG2E, merge_kernel, range_means_kernel, sums_kernel
 from .pairwise_vectors import pack_kernel, paired_kernel, unpack_kernel
 
 T = TypeVar("T")
 LOG_SUM_EXPONENTIALS = ("shifted", "online")  # both are launched; the kernels see which of them is meant
-WAVES = 2  # programs for each place on the device: the last ones end at nearly the same time
-LIFT = 13  # float16 gradients are multiplied by 2^13: the sum of four probabilities of one stays below 65504
+LIFT = (
+    12  # float16 gradients are multiplied by 2^12: four probabilities of one, times a remainder of 2, stay below 65504
+)
 
 
 @dataclass
@@ -151,7 +152,7 @@ class Pairs:
         # Upstream gradients stay outside the products, as one number: a weight of 1/N would be nothing in float16.
         sizes = [side.gradient for side in (row, column)] + ([] if positives is None else [positives.of_query])
         unit = torch.stack([size.abs().amax() for size in sizes if size is not None]).amax().reshape(1)
-        unit = torch.where(unit == 0, 1.0, unit) / 2**self.lift
+        unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0) / 2**self.lift
         of_rows, of_columns = self._weights(row, self.query, unit), self._weights(column, self.key, unit)
         if positives is not None:
             scaled = (positives.of_query / unit, positives.of_key / unit)
@@ -177,11 +178,12 @@ class Pairs:
         if side.gradient is None:
             nothing = self.scale.new_zeros((self.batch, vectors.count))
             return Weights(torch.full_like(nothing, torch.inf), nothing)
-        weight = side.gradient / unit
+        weight = side.gradient.contiguous() / unit
         if side.lse is None:
             return Weights(weight, weight)
         # The log-sum-exp of no pair at all counts as +inf, which makes probabilities zero.
-        level = torch.where(side.lse == -torch.inf, torch.inf, side.lse)
+        lse = side.lse.contiguous()
+        level = torch.where(lse == -torch.inf, torch.inf, lse)
         shifted = weight * torch.exp2(self.shift - self.lift - level * LOG2E.value)
         weight = torch.where(self.shift <= LARGEST_SHIFT.value, shifted, weight)
         return Weights(level.float(), weight.float())
@@ -207,8 +209,8 @@ class Pairs:
         return launch(choose(kernel, self.dtype, self.chunk, shortest, self.scale.device, launch))
 
     def _places(self, chosen: Configuration) -> int:
-        """How many programs make `WAVES` of the device."""
-        return WAVES * chosen.resident * multiprocessors(self.scale.device)
+        """How many programs the device holds at once."""
+        return chosen.resident * multiprocessors(self.scale.device)
 
     def _powers_of_two(self, shift: Tensor) -> Tensor:
         return (shift * LOG2E.value).float()
@@ -223,19 +225,19 @@ class Pairs:
         self, chosen: Configuration, forms: tuple[str, ...], shift: Tensor, excluded: int | None, both: bool
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
         fixed, passing = self.query, self.key
-        fixed_blocks = triton.cdiv(fixed.count, chosen.own)
-        passing_blocks = triton.cdiv(passing.count, chosen.own if self.same else chosen.other)
-        wanted = max(1, self._places(chosen) // self.batch)
+        blocks = triton.cdiv(fixed.count, chosen.own), triton.cdiv(passing.count, chosen.other)
+        places = self._places(chosen)
         if self.same:
-            fixed_groups = passing_groups = min(fixed_blocks, max(1, math.isqrt(2 * wanted)))
+            fixed_groups = passing_groups = triangle_groups(blocks[0], self.batch, places)
         else:
-            fixed_groups = min(fixed_blocks, max(1, math.isqrt(wanted)) if both else wanted)
-            passing_groups = min(passing_blocks, max(1, wanted // fixed_groups))
-            fixed_groups = min(fixed_blocks, max(1, wanted // passing_groups))
+            # Every group of the one side has partial sums of all vectors of the other.
+            most = max(8, min(MOST, MOST_PARTIAL // (self.batch * max(fixed.padded, passing.padded))))
+            fixed_groups, passing_groups = groups(*blocks, self.batch, places, most, both)
         # A set with itself: sums of columns are further sums of its rows, in the same place.
         of_fixed = passing_groups + (fixed_groups if self.same else 0)
-        rows = self._partial(of_fixed, fixed.padded)
-        columns = self._partial(fixed_groups, passing.padded) if both else None
+        online = "online" in forms
+        rows = self._partial(of_fixed, fixed.padded, cleared=self.same, maxima=online)
+        columns = self._partial(fixed_groups, passing.padded, cleared=True, maxima=online) if both else None
         sums, maxima = rows
         extra = (sums[passing_groups:], maxima[passing_groups:]) if self.same else columns or rows
         for form in forms:
@@ -250,9 +252,13 @@ class Pairs:
             )  # fmt: skip
         return rows, columns
 
-    def _partial(self, groups: int, padded: int) -> tuple[Tensor, Tensor]:
+    def _partial(self, groups: int, padded: int, *, cleared: bool, maxima: bool) -> tuple[Tensor, Tensor]:
+        """Sums and maxima; cleared where programs add to them, or leave parts to others."""
         shape = (groups, self.batch, padded)
-        return self.scale.new_zeros(shape), self.scale.new_full(shape, -torch.inf)
+        sums = self.scale.new_zeros(shape) if cleared else self.scale.new_empty(shape)
+        if not maxima:
+            return sums, sums
+        return sums, self.scale.new_full(shape, -torch.inf) if cleared else self.scale.new_empty(shape)
 
     def _merge(self, sums: Tensor, maxima: Tensor, vectors: Vectors) -> Tensor:
         lse = sums.new_empty((self.batch, vectors.count), dtype=torch.float64)
@@ -291,7 +297,8 @@ class Pairs:
     ) -> Tensor:
         """sum_j G_ij y_j, in parts: (splits, B, padded, width)."""
         programs = self.batch * triton.cdiv(own.count, chosen.own) * (self.width // self.chunk)
-        splits = max(1, min(triton.cdiv(other.count, chosen.other), self._places(chosen) // programs))
+        most = max(1, min(MOST, MOST_GRADIENTS // (self.batch * own.padded * self.width)))
+        splits = even_splits(programs, triton.cdiv(other.count, chosen.other), self._places(chosen), most)
         partial = self.scale.new_empty((splits, self.batch, own.padded, self.width))
         kind, taken, ranges = "none", (self.scale, self.scale), (self.scale, self.scale)
         if positives is not None:

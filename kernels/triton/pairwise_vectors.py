@@ -1,8 +1,8 @@
 """The vectors of a batch of problems on their way in and out of the tiles.
 
 On their way in they are ordered, padded with zeros to whole blocks and made unit length. In bfloat16 and float16 that
-would round them once more; there each is multiplied by a power of two, which is exact and leaves a length between one
-and two, and the rest of the factor (`remainder`) is applied to the similarities in float32.
+would round them once more; there each is multiplied by a power of two, which is exact and leaves a length between 1/2
+and 1, and the rest of the factor (`remainder`) is applied to the similarities in float32.
 """
 
 import triton

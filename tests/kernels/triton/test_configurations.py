@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from voxtrast.kernels.triton import grids
 from voxtrast.kernels.triton.configurations import TABLE, Configuration, candidates, choose, key_of
 
 ARCHITECTURES = {"80": 99, "90": 227, "100": 227}  # KiB of shared memory for a program; 80 stands for 8.6 and 12 too
@@ -107,6 +108,23 @@ def test_tuning_measures_what_its_table_lacks_and_remembers(tmp_path: Path, monk
     assert [choose(*arguments, lambda each: each)] == fastest
     assert list(json.loads(file.read_text())["80"]) == ["sums, 16 bit, 64 channels"]
     assert [choose(*arguments, pytest.fail)] == fastest
+
+
+def test_small_problems_measure_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VOXTRAST_TUNE", str(tmp_path / "tuned.json"))
+    found = choose("sums", torch.bfloat16, 64, 100, torch.device("cpu"), pytest.fail)
+    assert found == table()["80"][key_of("sums", torch.bfloat16, 64)].shrunk(100)
+
+
+@pytest.mark.parametrize("count", [200, 2048, 16384, 36864, 65536, 884736])
+def test_most_of_a_device_is_busy(count: int) -> None:
+    fixed, passing, places = -(-count // 128), -(-count // 64), 264
+    of_fixed, of_passing = grids.groups(fixed, passing, 1, places, 64, True)
+    rounds = -(-of_fixed * of_passing // places) * -(-fixed // of_fixed) * -(-passing // of_passing)
+    splits = grids.even_splits(fixed, passing, places, 64)
+    of_splits = -(-fixed * splits // places) * -(-passing // splits)
+    for found in (rounds, of_splits):
+        assert found <= max(1, 1.2 * fixed * passing / places)
 
 
 def test_importing_the_package_imports_no_triton() -> None:

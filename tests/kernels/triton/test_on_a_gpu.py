@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from voxtrast.kernels import _native, bank_nce, info_nce, pairwise_logsumexp, positional_info_nce
+from voxtrast.kernels import _native, bank_info_nce, bank_nce, info_nce, pairwise_logsumexp, positional_info_nce
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -76,8 +76,10 @@ def test_a_cuda_graph_replays_the_step() -> None:
 
 def test_torch_compile_takes_the_whole_step() -> None:
     query, key = pairs(300, 24)
-    compiled = torch.compile(losses, fullgraph=True)
-    assert torch.equal(compiled(query, key), losses(query, key))
+    found, expected = torch.compile(losses, fullgraph=True)(query, key), losses(query, key)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(*(torch.autograd.grad(loss, (query, key)) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-5)
 
 
 def test_more_than_two_to_the_31_pairs() -> None:
@@ -89,6 +91,30 @@ def test_more_than_two_to_the_31_pairs() -> None:
     row, column = pairwise_logsumexp(vectors, vectors.clone(), scale=scale, columns=True)
     for found in (row, column, pairwise_logsumexp(vectors, vectors, scale=scale)):
         torch.testing.assert_close(found, torch.full_like(found, expected), rtol=1e-6, atol=0.0)
+
+
+def test_a_bank_of_more_than_two_to_the_31_numbers() -> None:
+    count, channels = 8_400_000, 256
+    assert count * channels > 2**31
+    bank = torch.empty(count, channels, device="cuda", dtype=torch.float16)
+    for part in bank.split(400_000):
+        part.copy_(torch.randn(part.shape, device="cuda"))
+    query = torch.randn(40, channels, device="cuda", dtype=torch.float16)
+    found = bank_info_nce(query, query, bank, temperature=0.2, normalize=False, reduction="none")
+    parts = [(5.0 * (query.float() @ part.float().mT)).double().logsumexp(-1) for part in bank.split(400_000)]
+    positive = 5.0 * query.double().square().sum(-1)
+    expected = torch.nn.functional.softplus(torch.stack(parts).logsumexp(0) - positive, threshold=40)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_of_many_vectors() -> None:
+    query, key = pairs(65536, 32)
+    (found,) = torch.autograd.grad(info_nce(query, key, temperature=0.2, reduction="sum"), query)
+    some = torch.arange(0, 65536, 8191, device="cuda")
+    leaf = query.detach()[some].double().requires_grad_()
+    unit, others = (torch.nn.functional.normalize(each, dim=-1) for each in (leaf, key.detach().double()))
+    torch.nn.functional.cross_entropy(unit @ others.T / 0.2, some, reduction="sum").backward()
+    assert (found[some].double() - leaf.grad).norm() <= 2e-2 * leaf.grad.norm()
 
 
 def test_memory_grows_with_the_vectors_alone() -> None:

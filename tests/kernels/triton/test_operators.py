@@ -186,6 +186,24 @@ def test_upstream_gradients_of_any_size_keep_float16_in_range(device: torch.devi
         torch.testing.assert_close(gradient.double(), expected, rtol=2e-3, atol=2e-3 * expected.abs().max().item())
 
 
+def test_an_upstream_gradient_may_have_any_strides(device: torch.device) -> None:
+    query, key = drawn(device, torch.float32, (3, 20, 20), (3, 20, 20))
+    weights = torch.rand(20, 3, device=device)
+    for loss, reference in (forms("info_nce", reduction="none"), forms("info_nce", reduction="none", symmetric=True)):
+        found, expected = (
+            torch.autograd.grad((form(query, key, 0.2).mT * weights).sum(), (query, key)) for form in (loss, reference)
+        )
+        for ours, plain in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_losses_of_hundreds(device: torch.device) -> None:
+    query, key = (each.detach() for each in drawn(device, torch.float32, (20, 20), (20, 20)))
+    found = info_nce(query, -query, temperature=0.002, reduction="none")
+    torch.testing.assert_close(found, info_nce_reference(query, -query, temperature=0.002, reduction="none"))
+    assert info_nce(30 * query, 30 * key, normalize=False).isfinite()
+
+
 def test_nothing_depends_on_chance(device: torch.device) -> None:
     query, key = drawn(device, torch.bfloat16, (100, 24), (100, 24))
     positions = torch.rand(100, device=device)
