@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# benchmarks/gpu_check.sh OUT [BUILD]: all that only a GPU can tell, in one command and about 20 minutes.
+# benchmarks/gpu_check.sh OUT [BUILD [STEP...]]: all that only a GPU can tell, in one command and about 20 minutes.
 #
-# Needs Linux, an NVIDIA GPU, nvcc, a C++ compiler, and Python >= 3.10 with torch and triton; no network. Builds a copy of
-# the sources in BUILD (default: a temporary folder, removed at the end), runs the GPU tests, compute-sanitizer where it
-# is installed, and the benchmarks. OUT gets STEP.log, the JUnit XML, the JSON lines and summary.txt. A step that fails or
-# runs out of time stops no other; the exit code is 1 then. PYTHON chooses the interpreter, VOXTRAST_CHECK_SECONDS
-# the time in all; VOXTRAST_COMMIT names the commit in the results where there is no git.
+# Needs Linux, an NVIDIA GPU, nvcc, a C++ compiler, and Python >= 3.10 with torch and triton; no network. Builds a
+# copy of the sources in BUILD (default: a temporary folder, removed at the end; a second call finds its caches
+# there), runs the GPU tests, compute-sanitizer where it is installed, and the benchmarks. OUT gets STEP.log, the
+# JUnit XML, the JSON lines and summary.txt. A step that fails or runs out of time stops no other; the exit code is 1
+# then. PYTHON chooses the interpreter, VOXTRAST_CHECK_SECONDS the time in all; VOXTRAST_COMMIT names the commit in
+# the results where there is no git.
 # shellcheck disable=SC2329  # functions that run as steps are called by name
 set -u -o pipefail
 
 readonly SECONDS_IN_ALL=${VOXTRAST_CHECK_SECONDS:-1200}
-usage="usage: benchmarks/gpu_check.sh OUT [BUILD]"
+usage="usage: benchmarks/gpu_check.sh OUT [BUILD [STEP...]]"
 out=${1:?$usage}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
@@ -33,6 +34,7 @@ else
     build=$(mktemp -d)
     trap 'rm -rf "$build"' EXIT
 fi
+chosen=" ${*:3} "
 source=$build/source
 venv=$build/venv
 
@@ -42,7 +44,7 @@ PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin # nvcc and compute-sanitizer are of
 mkdir -p "$build/tmp"
 export TMPDIR=$build/tmp XDG_CACHE_HOME=$build/cache TRITON_CACHE_DIR=$build/triton
 export TORCHINDUCTOR_CACHE_DIR=$build/inductor KEOPS_CACHE_FOLDER=$build/keops CUDA_CACHE_PATH=$build/cuda
-export PYTHONDONTWRITEBYTECODE=1 PIP_NO_INDEX=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_INDEX=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 VOXTRAST_COMMIT=${VOXTRAST_COMMIT:-$(git -C "$root" describe --always --dirty 2>/dev/null || true)}
 export VOXTRAST_COMMIT
 
@@ -53,6 +55,7 @@ failed=0
 step() {
     local name=$1 limit=$2 code started=$SECONDS
     shift 2
+    if [[ "$chosen" == *[a-z]* && " versions build $chosen" != *" $name "* ]]; then return; fi
     if [ $((SECONDS + limit)) -gt $SECONDS_IN_ALL ]; then limit=$((SECONDS_IN_ALL - SECONDS)); fi
     if [ "$limit" -lt 5 ]; then
         echo "no time left of $SECONDS_IN_ALL seconds" >"$out/$name.log"
@@ -109,7 +112,7 @@ gpu_tests() {
     local part=0 failed=0 running=()
     for chosen in float32 bfloat16 "float16 and not bfloat16" "not float"; do
         part=$((part + 1))
-        "$1" -m pytest -p no:cacheprovider -m "gpu and not slow" tests/kernels -k "$chosen" \
+        "$1" -m pytest -v -p no:cacheprovider --continue-on-collection-errors -m "gpu and not slow" tests/kernels -k "$chosen" \
             --junitxml "$2/gpu_tests_$part.xml" &
         running+=($!)
     done
