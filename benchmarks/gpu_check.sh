@@ -6,7 +6,8 @@
 # there), runs the GPU tests, compute-sanitizer where it is installed, and the benchmarks. OUT gets STEP.log, the
 # JUnit XML, the JSON lines and summary.txt. A step that fails or runs out of time stops no other; the exit code is 1
 # then. PYTHON chooses the interpreter, VOXTRAST_CHECK_SECONDS the time in all; VOXTRAST_COMMIT names the commit in
-# the results where there is no git.
+# the results where there is no git. Named STEPs alone run, after versions and build: cuda_library gpu_tests small_sizes
+# memcheck racecheck bench_quick bench_info_nce bench_nt_xent bench_positional_info_nce bench_bank_info_nce.
 # shellcheck disable=SC2329  # functions that run as steps are called by name
 set -u -o pipefail
 
