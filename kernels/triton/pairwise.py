@@ -19,9 +19,8 @@ from .pairwise_vectors import pack_kernel, paired_kernel, unpack_kernel
 
 T = TypeVar("T")
 LOG_SUM_EXPONENTIALS = ("shifted", "online")  # both are launched; the kernels see which of them is meant
-LIFT = (
-    12  # float16 gradients are multiplied by 2^12: four probabilities of one, times a remainder of 2, stay below 65504
-)
+# float16 gradients are multiplied by 2^12: the sum of four probabilities of one, times a remainder of 2, stays in range.
+LIFT = 12
 
 
 @dataclass
