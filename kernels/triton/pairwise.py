@@ -19,7 +19,7 @@ from .pairwise_vectors import pack_kernel, paired_kernel, unpack_kernel
 
 T = TypeVar("T")
 LOG_SUM_EXPONENTIALS = ("shifted", "online")  # both are launched; the kernels see which of them is meant
-# float16 gradients are multiplied by 2^12: the sum of four probabilities of one, times a remainder of 2, stays in range.
+# float16 gradients are multiplied by 2^12: a sum of four probabilities of one, times a remainder of 2, stays in range.
 LIFT = 12
 
 
