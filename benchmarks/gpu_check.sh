@@ -146,10 +146,10 @@ step_function versions 60 versions "$ours"
 step_function build 240 install "$ours" "$site" "$build/path"
 step cuda_library 60 "$ours" -c 'import sys; from voxtrast.kernels._native import load_cuda; sys.exit(not load_cuda())'
 step_function gpu_tests 300 gpu_tests "$ours" "$out"
-step small_sizes 120 "$ours" -m voxtrast.benchmarks.kernels.small_sizes
+step small_sizes 240 "$ours" -m voxtrast.benchmarks.kernels.small_sizes
 for tool in memcheck racecheck; do
     if command -v compute-sanitizer >/dev/null; then
-        step_function "$tool" 120 sanitize "$ours" "$tool"
+        step_function "$tool" 150 sanitize "$ours" "$tool"
     else
         steps+=("$(printf '%-26s %4s %8s  %s' "$tool" - - "compute-sanitizer is not installed here")")
         echo "${steps[-1]}"
