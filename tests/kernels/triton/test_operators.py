@@ -19,6 +19,11 @@ from voxtrast.kernels import (
     positional_info_nce,
 )
 
+# NaN and infinities are given on purpose, and what is interpreted stands in for the operators of the CPU.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+    pytest.mark.filterwarnings("ignore:Warning only once for all operators"),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One shift serves both of the first two; at the last every row and column keeps its maximum.
 TEMPERATURES = [0.2, 0.07, 0.01]
