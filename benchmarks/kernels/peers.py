@@ -1,6 +1,6 @@
 """Losses of other libraries as functions of two sets of vectors, each where it can be had.
 
-    python -m pip install -c constraints.txt -e ".[peers]"
+    python -m pip install -c constraints.txt --no-build-isolation -e ".[peers]"
 
 None of them is needed: what cannot be imported is reported as "cannot", with the reason. lightly needs a torchvision
 that fits torch, KeOps a C++ compiler at run time.

@@ -109,16 +109,17 @@ def _table(file: Path) -> dict[str, dict[str, Configuration]]:
 
 
 def _measure(kernel: str, dtype: torch.dtype, chunk: int, run: Callable[[Configuration], Any]) -> Configuration:
-    best, least = None, float("inf")
+    best, least, last = None, float("inf"), None
     for each in candidates(kernel, dtype, chunk):
         try:
             taken = triton.testing.do_bench(lambda one=each: run(one), warmup=5, rep=30, return_mode="median")
-        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, RuntimeError):
+        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, RuntimeError) as error:
+            last = error  # too large for the device, or for the compiler, whose failures are of the last kind
             continue
         if taken < least:
             best, least = each, taken
     if best is None:
-        raise RuntimeError(f"{TUNE}: no configuration of {key_of(kernel, dtype, chunk)} fits this device")
+        raise RuntimeError(f"{TUNE}: no configuration of {key_of(kernel, dtype, chunk)} fits this device") from last
     return best
 
 
