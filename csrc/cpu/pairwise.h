@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "interpolation.h"
+#include "memory.h"
 #include "pairwise_tile.h"
 
 namespace voxtrast {
@@ -32,31 +33,8 @@ torch::stable::Tensor sum_to_scalar(const std::vector<double>& numbers, const to
 const double* double_data(const torch::stable::Tensor& tensor, int64_t count, const char* name);
 const int64_t* whole_data(const torch::stable::Tensor& tensor, int64_t count, const char* name);
 
-// Has untouched memory come in large pages where the system has them. In small ones, the 64 MB that a bank of 65536
-// vectors needs cost as much time as its products with 256 queries.
-void prefer_large_pages(void* memory, int64_t bytes);
-
 // Uninitialised, of the shape and type of `vectors`.
 torch::stable::Tensor new_gradient(const torch::stable::Tensor& vectors);
-
-// Memory that is kept for the next problem and not cleared.
-template <typename T>
-class Buffer {
- public:
-  T* of(int64_t count) {
-    if (count > count_) {
-      data_.reset(new T[count]);
-      prefer_large_pages(data_.get(), count * int64_t(sizeof(T)));
-      count_ = count;
-    }
-    return data_.get();
-  }
-  const T* get() const { return data_.get(); }
-
- private:
-  std::unique_ptr<T[]> data_;
-  int64_t count_ = 0;
-};
 
 struct PairwiseOptions {
   double scale = 1.0;

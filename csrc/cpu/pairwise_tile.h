@@ -45,7 +45,6 @@ struct Finish {
 };
 
 struct Kernels {
-  const char* name;
   int64_t lanes;  // floats of a vector: `width` is a multiple of it
   int64_t strip;  // keys of a packed strip
 
@@ -105,7 +104,7 @@ struct Kernels {
   void (*write_columns)(const Tile&, const float* matrix, const Finish& finish);
 };
 
-// The widest path that this processor has; the environment variable VOXTRAST_CPU (avx512, avx2 or portable) lowers it.
+// Those for the instruction set that this processor takes.
 const Kernels& kernels();
 
 extern const Kernels kPortableKernels;

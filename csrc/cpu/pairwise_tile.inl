@@ -1,11 +1,21 @@
 // The work on one tile, written with the vector types of GCC and Clang. Included by pairwise_tile_*.cpp, which set
-//   VOXTRAST_LANES      floats of a vector
 //   VOXTRAST_ROWS       rows of a block of similarities: ROWS x 2 vectors of sums stay in registers
 //   VOXTRAST_OUT_ROWS, VOXTRAST_OUT_VECTORS    the same for the blocks of gradients
-// and the instruction set. Nothing of the standard library is used here: an inline function of it, compiled for
-// AVX-512, could be the copy that the linker keeps for everybody.
+//   VOXTRAST_KERNELS    the name of what is defined at the end
+// and the instruction set (target_*.h, which say what may stand here).
 
-#include "pairwise_registers.inl"
+#include "registers.inl"
+#include "powers.inl"
+
+namespace voxtrast {
+namespace {
+
+constexpr int kVectors = 2;
+constexpr int64_t kStrip = kVectors * kLanes;
+
+}  // namespace
+}  // namespace voxtrast
+
 #include "pairwise_exponentials.inl"
 #include "pairwise_vectors.inl"
 
@@ -397,7 +407,7 @@ void write_columns(const Tile& tile, const float* matrix, const Finish& finish) 
 }  // namespace
 
 const Kernels VOXTRAST_KERNELS = {
-    VOXTRAST_NAME, kLanes,           kStrip,
+    kLanes,        kStrip,
     read,          scale,            paired,             write,        pack,
     products,      sum_exponentials, weigh_exponentials, similarities, sum_online,
     weigh_online,  sum_softplus,     weigh_sigmoids,     multiply,     sum_products,

@@ -1,8 +1,4 @@
 // The vectors of a problem on their way in and out: converted, ordered, normalised and packed; gradients written back.
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 
@@ -27,15 +23,6 @@ const T* data_of(const Tensor& tensor, int64_t count, const char* name, torch::h
 }
 
 }  // namespace
-
-void prefer_large_pages(void* memory, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kLargePage = uintptr_t(1) << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kLargePage - 1) / kLargePage * kLargePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kLargePage * kLargePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // refused, nothing is lost
-#endif
-}
 
 Tensor new_gradient(const Tensor& vectors) {
   Tensor result = torch::stable::new_empty(vectors, vectors.sizes());

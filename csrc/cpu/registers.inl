@@ -1,12 +1,10 @@
-// Vector registers as types of the compiler (GCC and Clang), and what moves their lanes about. Included by
-// pairwise_tile.inl, which says what may stand here.
+// Vector registers of VOXTRAST_LANES floats as types of the compiler (GCC and Clang), and what moves their lanes about.
+// To be included between target_*.h and target_end.h.
 
 namespace voxtrast {
 namespace {
 
 constexpr int kLanes = VOXTRAST_LANES;
-constexpr int kVectors = 2;
-constexpr int64_t kStrip = kVectors * kLanes;
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));

@@ -1,0 +1,9 @@
+// From here to target_end.h code is compiled for AVX2. Nothing of the standard library may be used there: an inline
+// function of it, compiled for more than the baseline, could be the copy that the linker keeps for everybody.
+#define VOXTRAST_LANES 8
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
