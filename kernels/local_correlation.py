@@ -3,9 +3,17 @@
     s(p, j, delta) = scale <query(p, j), key(p + delta, j)>          delta in {-r..r}^D, p + delta inside the volume
     u(p) = 1/J sum_j sum_delta softmax_delta(s(p, j, .)) delta
 
-(COVER, ICCV 2025, the mixture of vectors, with its 8 channels a unit and scale 1/sqrt(8).)
+(COVER, ICCV 2025, the mixture of vectors, with its 8 channels a unit and scale 1/sqrt(8).) No product, logit or softmax
+is kept: with g the gradient of u over J and v(p, j) = sum_delta softmax_delta delta, backward computes
+
+    dS(p, j, delta) = softmax_delta(p, j) <g(p), delta - v(p, j)>
+    dquery(p, j) = scale sum_delta dS(p, j, delta) key(p + delta, j)
+    dkey(p, j) = scale sum_delta dS(p - delta, j, delta) query(p - delta, j)
+
+from the log-sum-exp and v, which are.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -16,7 +24,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from ._checks import check_map, check_same_shape
-from ._registration import needs_functional_reference
+from ._registration import (
+    gradients_by_reference,
+    needs_functional_reference,
+    needs_reference,
+    register_backward,
+    register_operator,
+)
 
 
 def local_correlation(query: Tensor, key: Tensor, *, radius: int, units: int = 1, scale: float | None = None) -> Tensor:
@@ -26,14 +40,18 @@ def local_correlation(query: Tensor, key: Tensor, *, radius: int, units: int = 1
         query: (B, units * d, H, W) or (B, units * d, D, H, W), float32, bfloat16, float16 or float64; unit j is
             channels j * d .. (j + 1) * d - 1.
         key: the same shape.
-        radius: r of the window of (2 r + 1)^D offsets, at least 1. Offsets outside the volume take no part.
+        radius: r of the window of (2 r + 1)^D offsets, at least 1. Offsets outside the volume take no part, so it may
+            be larger than the volume.
         units: vectors at each voxel; their displacements are averaged.
         scale: factor of the dot products, 1 / sqrt(d) if not given.
 
     Returns: the displacement, (B, 2, H, W) or (B, 3, D, H, W), in voxels of this map, each component within -r .. r.
         float32 (float64 where one map has that), and computed in it.
 
-    There is no compiled implementation yet: the torch reference computes.
+    Memory beyond that: two float32 maps of the size of query in passing, and 1 + D numbers kept for each voxel and unit
+    (1 of a single unit). NaN reaches the voxels whose window holds it. The result is the same bits for any number of
+    threads. Where gradients of gradients are asked for, in float64, in forward mode and under the transforms of
+    `torch.func`, the torch reference computes, which keeps (2 r + 1)^D numbers.
 
     Raises:
         TypeError: query or key is not a floating tensor.
@@ -47,13 +65,24 @@ def local_correlation(query: Tensor, key: Tensor, *, radius: int, units: int = 1
         raise ValueError(f"units: expected a divisor of the {query.shape[1]} channels of query, got {units}")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
-    return local_correlation_reference(query, key, radius=radius, units=units, scale=scale)
+    common = torch.promote_types(query.dtype, key.dtype)
+    if needs_functional_reference() or common == torch.float64:
+        return local_correlation_reference(query, key, radius=radius, units=units, scale=scale)
+    factor = 1 / math.sqrt(query.shape[1] // units) if scale is None else float(scale)
+    displacement, _, _ = torch.ops.voxtrast.local_correlation(query.to(common), key.to(common), radius, units, factor)
+    return displacement
 
 
 def local_correlation_reference(
     query: Tensor, key: Tensor, *, radius: int, units: int = 1, scale: float | None = None
 ) -> Tensor:
     """The same in plain torch. Keeps the softmax, (2 r + 1)^D numbers for each voxel and unit, for backward."""
+    factor = 1 / math.sqrt(query.shape[1] // units) if scale is None else scale
+    return _mean_offsets(query, key, radius, units, factor)[0].mean(1)
+
+
+def _mean_offsets(query: Tensor, key: Tensor, radius: int, units: int, scale: float) -> tuple[Tensor, Tensor]:
+    """v (B, J, D, *S), and the logits (B, J, n, *S)."""
     batch, channels, *sizes = query.shape
     dimensions = len(sizes)
     depth = channels // units
@@ -61,7 +90,7 @@ def local_correlation_reference(
     with torch.autocast(query.device.type, enabled=False):
         # Each unit is a problem of its own: (B * J, d, *S).
         vectors = query.to(working_type).reshape(batch * units, depth, *sizes)
-        vectors = vectors * (1 / math.sqrt(depth) if scale is None else scale)
+        vectors = vectors * scale
         padded = functional.pad(key.to(working_type).reshape(batch * units, depth, *sizes), [radius] * (2 * dimensions))
 
         # 0 where p + delta lies inside, -inf where not: (n, *S)
@@ -71,11 +100,11 @@ def local_correlation_reference(
         border = border.reshape(-1, *sizes)
 
         products = _window_products if needs_functional_reference() else _WindowProducts.apply
-        share = products(vectors, padded, border).softmax(1)  # (B * J, n, *S)
+        logits = products(vectors, padded, border)  # (B * J, n, *S)
         steps = torch.arange(-radius, radius + 1, dtype=working_type, device=query.device)
         offsets = torch.stack(torch.meshgrid(*[steps] * dimensions, indexing="ij")).flatten(1)  # (D, n)
-        displacement = offsets @ share.flatten(2)
-        return displacement.reshape(batch, units, dimensions, *sizes).mean(1)
+        mean = offsets @ logits.softmax(1).flatten(2)
+        return mean.reshape(batch, units, dimensions, *sizes), logits.unflatten(0, (batch, units))
 
 
 def _window_products(query: Tensor, padded_key: Tensor, border: Tensor) -> Tensor:
@@ -118,3 +147,69 @@ def _windows(padded: Tensor, sizes: torch.Size) -> Iterator[tuple[Any, ...]]:
     starts = (range(whole - size + 1) for whole, size in zip(padded.shape[2:], sizes, strict=True))
     for corner in itertools.product(*starts):
         yield (..., *(slice(start, start + size) for start, size in zip(corner, sizes, strict=True)))
+
+
+def _run_reference(query: Tensor, key: Tensor, radius: int, units: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean, logits = _mean_offsets(query, key, radius, units, scale)
+    displacement = mean.mean(1)
+    return displacement, logits.logsumexp(2), mean.flatten(1, 2) if units > 1 else displacement.new_empty(0)
+
+
+def _fake(query: Tensor, key: Tensor, radius: int, units: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, *sizes = query.shape
+    shapes: list[tuple[int, ...]] = [(batch, len(sizes), *sizes), (batch, units, *sizes)]
+    shapes.append((batch, units * len(sizes), *sizes) if units > 1 else (0,))
+    displacement, log_sum_exp, mean = (query.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return displacement, log_sum_exp, mean
+
+
+def _fake_backward(
+    grad_displacement: Tensor,
+    query: Tensor,
+    key: Tensor,
+    log_sum_exp: Tensor,
+    mean: Tensor,
+    radius: int,
+    units: int,
+    scale: float,
+    need_query: bool,
+    need_key: bool,
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape if need_query else (0,)), key.new_empty(key.shape if need_key else (0,))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, ctx.radius, ctx.units, ctx.scale = inputs
+    displacement, log_sum_exp, mean = output
+    ctx.mark_non_differentiable(log_sum_exp, mean)
+    ctx.save_for_backward(query, key, log_sum_exp, mean if ctx.units > 1 else displacement)
+
+
+def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, log_sum_exp, mean = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:2]
+    options = (ctx.radius, ctx.units, ctx.scale)
+    if needs_reference("local_correlation_backward", gradient.device):
+        keywords = dict(zip(("radius", "units", "scale"), options, strict=True))
+        reference = functools.partial(local_correlation_reference, **keywords)
+        return (*gradients_by_reference(reference, (query, key), needed, gradient), None, None, None)
+    gradients = torch.ops.voxtrast.local_correlation_backward(
+        gradient, query, key, log_sum_exp, mean, *options, *needed
+    )
+    return (*(found if need else None for found, need in zip(gradients, needed, strict=True)), None, None, None)
+
+
+register_operator(
+    "local_correlation(Tensor query, Tensor key, int radius, int units, float scale)"
+    " -> (Tensor displacement, Tensor log_sum_exp, Tensor mean)",
+    reference=_run_reference,
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+    float32_arguments=(),
+)
+register_backward(
+    "local_correlation_backward(Tensor grad_displacement, Tensor query, Tensor key, Tensor log_sum_exp, Tensor mean,"
+    " int radius, int units, float scale, bool need_query, bool need_key) -> (Tensor, Tensor)",
+    fake=_fake_backward,
+)
