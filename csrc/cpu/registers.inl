@@ -21,6 +21,15 @@ VOXTRAST_INLINE Doubles load_doubles(const float* from) {
   return __builtin_convertvector(*reinterpret_cast<const HalfUnaligned*>(from), Doubles);
 }
 
+// Has the value stay in a register: the compiler would rather load it once for every use.
+VOXTRAST_INLINE void keep(Vector& value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#endif
+}
+
 VOXTRAST_INLINE int64_t smaller(int64_t one, int64_t other) { return one < other ? one : other; }
 
 template <int... Lane>
