@@ -15,14 +15,6 @@ namespace {
 constexpr int kAnyRows = 4;
 constexpr float kLowest = -3.4028234663852886e38f;
 
-// 2^x for x <= 0 or little more: 0 below 2^-100, which no sum of at least 1 would notice. NaN stays NaN.
-VOXTRAST_INLINE Vector power_or_zero(Vector x) {
-  const Vector magic = x + kMagic;
-  const Vector result = power(magic, x - (magic - kMagic));
-  const Integers vanishes = x < -100.0f;
-  return vanishes ? Vector{} : result;
-}
-
 // log2(x) of a normal number x >= 1: 2 atanh((m - 1) / (m + 1)) of the mantissa m in [1, 2). NaN stays NaN.
 VOXTRAST_INLINE Vector logarithm(Vector x) {
   const Integers bits = reinterpret_cast<Integers>(x);
@@ -206,7 +198,11 @@ VOXTRAST_INLINE void backward_queries(const CorrelationRows& rows, int64_t dz, i
     if (rows.grad_query != nullptr)
       add_to_query<R, N>(rows, slope, key + dx, rows.grad_query + (strip + 1) * kLanes);
     if (rows.grad_key == nullptr) continue;
-    float* slopes = rows.slopes + dx * R * N * query_row + (strip + 1) * kLanes;
+    // Written where the keys are that they belong to, which is cheaper than to read them askew for every channel. An
+    // offset that is longer than a register may lead out of the volume.
+    const int64_t place = (strip + 1) * kLanes + dx - rows.radius;
+    if (place <= 0 || place >= width + kLanes) continue;
+    float* slopes = rows.slopes + dx * R * N * query_row + place;
 #pragma GCC unroll 16
     for (int y = 0; y < R; ++y)
 #pragma GCC unroll 16
@@ -215,7 +211,7 @@ VOXTRAST_INLINE void backward_queries(const CorrelationRows& rows, int64_t dz, i
 }
 
 // gradient += the slopes of the queries that see a strip of the keys, times those queries, for C channels. The sums
-// stay in registers over all offsets along the row: their registers are aligned with the keys, slopes are read askew.
+// stay in registers over all offsets along the row.
 template <int R, int N, int C>
 VOXTRAST_INLINE void add_to_keys(const CorrelationRows& rows, int64_t strip, int64_t channel, float* gradient) {
   const int64_t width = rows.strips * kLanes, query_row = padded_width(rows);
@@ -226,11 +222,10 @@ VOXTRAST_INLINE void add_to_keys(const CorrelationRows& rows, int64_t strip, int
 #pragma GCC unroll 16
     for (int there = 0; there < R + N - 1; ++there) sum[c][there] = load(gradient + there * rows.grad_row + c * width);
   for (int64_t dx = 0; dx <= 2 * rows.radius; ++dx) {
-    // An offset that is longer than a register ends in the zeros beside the row.
     const int64_t place = (strip + 1) * kLanes - (dx - rows.radius);
     if (place <= 0 || place >= width + kLanes) continue;
     const float* query = rows.query + channel * R * query_row + place;
-    const float* slopes = rows.slopes + dx * R * N * query_row + place;
+    const float* slopes = rows.slopes + dx * R * N * query_row + (strip + 1) * kLanes;
 #pragma GCC unroll 16
     for (int y = 0; y < R; ++y) {
       Vector here[C];
