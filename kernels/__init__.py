@@ -11,6 +11,7 @@ from .info_nce import info_nce, info_nce_reference
 from .local_correlation import local_correlation, local_correlation_reference
 from .pairwise_logsumexp import pairwise_logsumexp, pairwise_logsumexp_reference
 from .positional_info_nce import positional_info_nce, positional_info_nce_reference
+from .vector_pyramid import pyramid_reach, vector_pyramid, vector_pyramid_reference
 from .vector_regression_loss import vector_regression_loss, vector_regression_loss_reference
 from .warp import warp, warp_reference
 from .warped_cosine_loss import warped_cosine_loss, warped_cosine_loss_reference
@@ -34,6 +35,9 @@ __all__ = [
     "pairwise_logsumexp_reference",
     "positional_info_nce",
     "positional_info_nce_reference",
+    "pyramid_reach",
+    "vector_pyramid",
+    "vector_pyramid_reference",
     "vector_regression_loss",
     "vector_regression_loss_reference",
     "warp",

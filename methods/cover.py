@@ -21,14 +21,13 @@ Departures from the official code, with reasons:
 - Channel c of a head belongs to unit c // unit_channels; the official code interleaves, which is a renaming.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import compose_displacement, local_correlation, vector_regression_loss, warp, warped_cosine_loss
+from ..kernels import pyramid_reach, vector_pyramid, vector_regression_loss, warped_cosine_loss
 from .backbone import Backbone, BackboneConfig
 from .method import Batch, Method
 from .views import AffineRanges, AppearanceRanges, View, ViewSpec
@@ -67,47 +66,6 @@ class VectorHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.norm(self.convolution(features))
-
-
-def double_resolution(displacement: Tensor) -> Tensor:
-    """The same field on a grid twice as fine: linear interpolation with aligned cells, vectors doubled."""
-    mode = "trilinear" if displacement.ndim == 5 else "bilinear"
-    return F.interpolate(2 * displacement, scale_factor=2, mode=mode, align_corners=False)
-
-
-def vector_pyramid(
-    fixed: Sequence[Tensor], moving: Sequence[Tensor], heads: Sequence[nn.Module], units: Sequence[int], radius: int
-) -> Tensor:
-    """Coarse-to-fine aggregation of local correlations to one displacement field (COVER, vector pyramid aggregation).
-
-        level 0:  phi = up(u_0)        level l:  phi <- W(up(phi), w) + w,  w = up(u_l)        last:  w = u_l, no up
-
-    with u_l the local correlation of the fixed map with the moving map warped by the phi so far.
-
-    Args:
-        fixed, moving: maps (B, C_l, *S_l) of each level, coarse to fine, sizes doubling.
-        heads: module per level giving (B, units_l * d, *S_l).
-        units: vector units per level.
-        radius: reach of one local correlation, voxels of its level.
-
-    Returns: displacement (B, D, *S) in voxels of the finest level, float32.
-    """
-    last = len(heads) - 1
-    total: Tensor | None = None
-    for level, head in enumerate(heads):
-        aligned = moving[level] if total is None else warp(moving[level], total)
-        vectors = local_correlation(head(fixed[level]), head(aligned), radius=radius, units=units[level]).float()
-        if level < last:
-            vectors = double_resolution(vectors)
-            total = total if total is None else double_resolution(total)
-        total = vectors if total is None else compose_displacement(total, vectors)
-    assert total is not None
-    return total
-
-
-def pyramid_reach(radius: int, levels: int) -> int:
-    """The largest displacement component that `vector_pyramid` can express, in voxels of the finest level."""
-    return radius * (2**levels - 1)
 
 
 class Cover(Method):
@@ -201,7 +159,9 @@ class Cover(Method):
         _, maps = self.backbone(torch.cat((fixed, moving)))
         count = fixed.shape[0]
         fixed_maps, moving_maps = [m[:count] for m in maps], [m[count:] for m in maps]
-        predicted = vector_pyramid(fixed_maps, moving_maps, list(self.heads), self.config.units, self.config.radius)
+        predicted = vector_pyramid(
+            fixed_maps, moving_maps, radius=self.config.radius, units=self.config.units, heads=list(self.heads)
+        )
         return predicted, fixed_maps[-1], moving_maps[-1]
 
     def _far(self, displacement: Tensor) -> Tensor:

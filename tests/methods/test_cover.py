@@ -1,12 +1,9 @@
-from typing import cast
-
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from voxtrast.methods import BackboneConfig, cover
-from voxtrast.methods.cover import Cover, CoverConfig, CoverViews, double_resolution, pyramid_reach, vector_pyramid
+from voxtrast.methods import BackboneConfig
+from voxtrast.methods.cover import Cover, CoverConfig, CoverViews
 
 SMALL = BackboneConfig(features=[8, 16, 16], encoder_blocks=[1], decoder_blocks=[1])
 
@@ -27,66 +24,6 @@ def small_batch(count: int = 2, seed: int = 0, shift: float = 1.0) -> dict[str, 
         "displacement": shift * torch.randn(count, 3, 16, 16, 16, generator=generator),
         "mask": mask,
     }
-
-
-def affine_field(matrix: Tensor, translation: Tensor, size: int, spacing: float) -> Tensor:
-    """(1, 3, size^3) displacement, in voxels of a grid of this spacing, of one affine map about the world's origin."""
-    axis = (torch.arange(size, dtype=torch.float64) + 0.5) * spacing
-    points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
-    moved = torch.einsum("ij,jdhw->idhw", matrix, points) + translation[:, None, None, None]
-    return ((moved - points) / spacing)[None]
-
-
-def test_doubling_the_resolution_keeps_an_affine_field_what_it_is() -> None:
-    matrix = torch.eye(3, dtype=torch.float64) + 0.1 * torch.randn(3, 3, dtype=torch.float64)
-    translation = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    coarse, fine = (affine_field(matrix, translation, size, 16 / size) for size in (8, 16))
-    doubled = double_resolution(coarse)
-    inner = (..., slice(1, -1), slice(1, -1), slice(1, -1))  # the border is extrapolated flat
-    torch.testing.assert_close(doubled[inner], fine[inner], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("levels", [1, 2, 4, 5])
-def test_the_reach_is_what_the_pyramid_says_when_every_level_says_its_most(
-    levels: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    radius = 2
-
-    def saturated(query: Tensor, key: Tensor, **options: object) -> Tensor:
-        return torch.full((query.shape[0], 2, *query.shape[2:]), float(radius))
-
-    monkeypatch.setattr(cover, "local_correlation", saturated)
-    base = 16
-    maps = [torch.zeros(1, 1, base * 2**level, base * 2**level) for level in range(levels)]
-    found = vector_pyramid(maps, maps, [nn.Identity()] * levels, [1] * levels, radius)
-    assert found[0, :, 0, 0].tolist() == [pyramid_reach(radius, levels)] * 2
-
-
-@pytest.mark.parametrize(
-    ("levels", "shift"), [(1, (2, -1, 0)), (2, (4, -2, 0)), (3, (4, 0, -4)), (3, (8, -4, 0)), (3, (-8, 8, 4))]
-)
-def test_a_shift_between_two_maps_is_recovered(levels: int, shift: tuple[int, int, int]) -> None:
-    """fixed(p) = moving(p + shift), with features sharp enough that the softmax picks one offset.
-
-    The shifts are whole voxels of the coarsest level, so that each level can say its part exactly.
-    """
-    torch.manual_seed(0)
-    size, margin = 32, 8
-    world = torch.randn(1, 8, *[size + 2 * margin] * 3)
-
-    def pyramid(offset: tuple[int, int, int]) -> list[Tensor]:
-        d, h, w = (margin + o for o in offset)
-        fine = world[:, :, d : d + size, h : h + size, w : w + size]
-        return [F.avg_pool3d(fine, 2**level) if level else fine for level in reversed(range(levels))]
-
-    def sharpen(maps: Tensor) -> Tensor:
-        return 60 * F.normalize(maps, dim=1)
-
-    heads = [cast(nn.Module, sharpen)] * levels
-    found = vector_pyramid(pyramid(shift), pyramid((0, 0, 0)), heads, [1] * levels, radius=2)
-    inner = found[:, :, 12:-12, 12:-12, 12:-12]
-    error = (inner - torch.tensor(shift, dtype=torch.float32).view(1, 3, 1, 1, 1)).abs().max()
-    assert error < 0.01
 
 
 def test_parts_of_a_batch_with_their_shares_sum_to_the_whole() -> None:
