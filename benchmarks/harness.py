@@ -1,7 +1,8 @@
 """How every benchmark measures: providers side by side in one process, checked against each other first.
 
 A provider is timed in turns with all others (A B C A B C ...), so that a machine that slows down slows all of them. The
-limit is what the work needs at the rates of the machine's own matrix product and exponential, measured in the same run.
+limit is what the work needs at the rates of the machine's own matrix product, exponential and copy, measured in the
+same run.
 """
 
 import json
@@ -39,6 +40,7 @@ class Case:
     flops: float  # of the best known way, forward and backward
     exponentials: float
     cannot: dict[str, str] = field(default_factory=dict)  # provider: why
+    moved_bytes: float = 0.0  # to and from memory at the least; 0: the arithmetic alone is the limit
 
 
 def gradients_of(loss: Callable[..., Tensor], *inputs: Tensor) -> Step:
@@ -75,7 +77,7 @@ def run(case: Case, rates: Rates, *, most_rounds: int) -> list[dict[str, Any]]:
             except Exception as error:  # memory that sufficed once may not suffice again
                 _leave_out(case, name, error)
                 del times[name]
-    limit = rates.limit(case.flops, case.exponentials)
+    limit = rates.limit(case.flops, case.exponentials, case.moved_bytes)
     ours = statistics.median(times["ours"]) if "ours" in times else None
     lines = []
     for name, taken in times.items():

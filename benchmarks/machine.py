@@ -1,4 +1,4 @@
-"""What a benchmark runs on, and how fast that multiplies and takes exponentials."""
+"""What a benchmark runs on, and how fast that multiplies, takes exponentials and copies."""
 
 import os
 import platform
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from voxtrast.kernels.stream_copy import stream_copy
+
 from .place import CPU, Place
 
 PACKAGES = ("voxtrast", "torch", "triton", "monai", "lightly", "pytorch-metric-learning", "pykeops", "inf-cl")
@@ -22,12 +24,14 @@ PACKAGES = ("voxtrast", "torch", "triton", "monai", "lightly", "pytorch-metric-l
 class Rates:
     flops: float  # a second, by torch's own matrix product
     exponentials: float  # a second: by torch's own in the cache of a CPU, in the registers of a GPU
+    bandwidth: float  # bytes a second, read and written, by a copy that no cache holds
     side_by_side: bool = False  # a GPU has units for each; the cores of a CPU do one after the other
 
-    def limit(self, flops: float, exponentials: float) -> float:
-        """Seconds that the work takes at these rates."""
+    def limit(self, flops: float, exponentials: float, moved_bytes: float = 0.0) -> float:
+        """Seconds that the work takes at these rates, where memory is fetched while the processor computes."""
         parts = (flops / self.flops, exponentials / self.exponentials)
-        return max(parts) if self.side_by_side else sum(parts)
+        computing = max(parts) if self.side_by_side else sum(parts)
+        return max(computing, moved_bytes / self.bandwidth)
 
 
 def measure_rates(place: Place = CPU) -> Rates:
@@ -42,7 +46,10 @@ def measure_rates(place: Place = CPU) -> Rates:
             torch.exp(numbers, out=target)
 
     taken = min(place.seconds_of(exponentials) for _ in range(5))
-    return Rates(2 * 2048**3 / product, 100 * numbers.numel() / taken)
+    source = torch.ones(2**24)  # with its copy four times 32 MB of cache
+    copy = torch.empty_like(source)
+    copied = min(place.seconds_of(lambda: copy.copy_(source)) for _ in range(7))
+    return Rates(2 * 2048**3 / product, 100 * numbers.numel() / taken, 2 * 4 * source.numel() / copied)
 
 
 def _rates_of_gpu(place: Place) -> Rates:
@@ -53,7 +60,10 @@ def _rates_of_gpu(place: Place) -> Rates:
     blocks = 32 * torch.cuda.get_device_properties(place.device).multi_processor_count
     target = torch.empty(blocks * BLOCK, device=place.device)
     taken = min(place.seconds_of(lambda: run_chain(target)) for _ in range(12))
-    return Rates(2 * 8192**3 / product, ROUNDS * target.numel() / taken, side_by_side=True)
+    source = torch.ones(2**27, device=place.device)
+    copied = min(place.seconds_of(lambda: stream_copy(source)) for _ in range(12))
+    rates = 2 * 8192**3 / product, ROUNDS * target.numel() / taken, 2 * 4 * source.numel() / copied
+    return Rates(*rates, side_by_side=True)
 
 
 def machine(place: Place = CPU) -> dict[str, Any]:

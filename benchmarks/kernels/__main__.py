@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
                 )
             print(table(lines))
             print(
-                f"  rates: product {rates.flops / 1e9:.0f} GFLOP/s, exponential {rates.exponentials / 1e9:.2f} G/s",
+                f"  rates: product {rates.flops / 1e9:.0f} GFLOP/s, exponential {rates.exponentials / 1e9:.2f} G/s,"
+                f" copy {rates.bandwidth / 1e9:.1f} GB/s",
                 flush=True,
             )
             records = [{**about, **line, "rates": vars(rates)} for line in lines]

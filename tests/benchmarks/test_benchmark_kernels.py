@@ -13,7 +13,7 @@ from voxtrast.benchmarks.kernels.tile_loop import compiled_tile_loop_info_nce
 from voxtrast.benchmarks.machine import Rates, machine, measure_rates, results_file
 from voxtrast.benchmarks.place import CPU, Cannot, Place, choose_place
 
-RATES = Rates(flops=1e11, exponentials=1e9)
+RATES = Rates(flops=1e11, exponentials=1e9, bandwidth=1e10)
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,22 @@ def test_rates_and_peaks_are_measured() -> None:
     rates = measure_rates()
     assert 1e7 < rates.flops < 1e14  # a machine that others use, too, may be slow
     assert 1e6 < rates.exponentials < 1e13
+    assert 1e7 < rates.bandwidth < 1e13
     assert 60 < CPU.peak_beyond_mb(lambda: torch.ones(16 * 2**20)) < 90  # 64 MB
 
 
 def test_the_limit_is_a_sum_on_a_processor_and_the_larger_part_on_a_gpu() -> None:
-    assert Rates(flops=10, exponentials=2).limit(30, 2) == 4
-    assert Rates(flops=10, exponentials=2, side_by_side=True).limit(30, 2) == 3
+    assert Rates(flops=10, exponentials=2, bandwidth=5).limit(30, 2) == 4
+    assert Rates(flops=10, exponentials=2, bandwidth=5, side_by_side=True).limit(30, 2) == 3
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_the_limit_is_the_traffic_where_that_takes_longer_than_the_arithmetic(side_by_side: bool) -> None:
+    rates = Rates(flops=10, exponentials=2, bandwidth=5, side_by_side=side_by_side)
+    assert rates.limit(30, 2, 10) == rates.limit(30, 2)
+    assert rates.limit(30, 2, 40) == 8
+    case = Case("op", {"N": 1}, CPU, {"ours": lambda: [torch.ones(1)]}, 0.0, 0.0, moved_bytes=40.0)
+    assert run(case, rates, most_rounds=1)[0]["limit_s"] == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
