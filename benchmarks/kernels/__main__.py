@@ -11,14 +11,16 @@ import torch
 from ..harness import REFUSED, append, peak_memory_mb, run, table
 from ..machine import machine, measure_rates, results_file
 from ..place import DTYPES, choose_place
-from . import bank_info_nce, info_nce, nt_xent, positional_info_nce
-from .plot import draw, read_lines
+from . import bank_info_nce, info_nce, local_correlation, nt_xent, positional_info_nce, vector_pyramid
+from .plot import SUBJECTS, draw, read_lines
 
 OPS: dict[str, Any] = {
     "info_nce": info_nce,
     "nt_xent": nt_xent,
     "positional_info_nce": positional_info_nce,
     "bank_info_nce": bank_info_nce,
+    "local_correlation": local_correlation,
+    "vector_pyramid": vector_pyramid,
 }
 MODULE = "voxtrast.benchmarks.kernels"
 
@@ -32,11 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="append the JSON lines to FILE, or in a folder to DEVICE.jsonl"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw symmetric InfoNCE of --output, or of this run")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw --op (info_nce, local_correlation) of --output, or of this run"
+    )
     parser.add_argument("--memory", help=argparse.SUPPRESS)  # one step of one provider, in a process of its own
     chosen = parser.parse_args(arguments)
-    if chosen.plot and not chosen.output and chosen.op not in (None, "info_nce"):
-        parser.error(f"--plot draws info_nce, and --op {chosen.op} measures none of it")
+    drawn = chosen.op or "info_nce"
+    if chosen.plot and drawn not in SUBJECTS:
+        parser.error(f"--plot draws {' or '.join(SUBJECTS)}, and --op is {chosen.op}")
     if chosen.memory:
         return _memory(**json.loads(chosen.memory))
     try:
@@ -69,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
             if output:
                 append(records, output)
     if chosen.plot:
-        draw(read_lines(output) if output else written, chosen.plot)
+        draw(read_lines(output) if output else written, chosen.plot, SUBJECTS[drawn])
     left_out = [line for line in written if "cannot" in line]
     return 1 if any(line["provider"] == "ours" or line["cannot"].startswith(REFUSED) for line in left_out) else 0
 

@@ -7,12 +7,22 @@ import pytest
 import torch
 
 from voxtrast.benchmarks.harness import Case, append, gradients_of, run, table
-from voxtrast.benchmarks.kernels import bank_info_nce, info_nce, nt_xent, peers, positional_info_nce
+from voxtrast.benchmarks.kernels import (
+    bank_info_nce,
+    info_nce,
+    local_correlation,
+    nt_xent,
+    peers,
+    positional_info_nce,
+    vector_pyramid,
+)
 from voxtrast.benchmarks.kernels.__main__ import main
 from voxtrast.benchmarks.kernels.tile_loop import compiled_tile_loop_info_nce
 from voxtrast.benchmarks.machine import Rates, machine, measure_rates, results_file
 from voxtrast.benchmarks.place import CPU, Cannot, Place, choose_place
 
+SMALL_MAPS = {"D": 1, "H": 6, "W": 9, "B": 2, "units": 2, "radius": 1}
+SMALL_PYRAMID = {"axes": 2, "size": 32, "B": 1, "heads": 1, "radius": 1}
 RATES = Rates(flops=1e11, exponentials=1e9, bandwidth=1e10)
 
 
@@ -25,6 +35,8 @@ RATES = Rates(flops=1e11, exponentials=1e9, bandwidth=1e10)
         (positional_info_nce, {"problems": 3, "N": 8, "C": 16}),
         (bank_info_nce, {"N": 8, "K": 40, "C": 16, "fixed_normalizer": 0}),
         (bank_info_nce, {"N": 8, "K": 40, "C": 16, "fixed_normalizer": 1}),
+        pytest.param(local_correlation, SMALL_MAPS, marks=pytest.mark.slow),
+        pytest.param(vector_pyramid, SMALL_PYRAMID, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -42,6 +54,15 @@ def test_all_providers_of_a_case_agree(module, shape: dict[str, int], tmp_path: 
     assert [json.loads(line)["op"] for line in file.read_text().splitlines()] == [line["op"] for line in lines] * 2
 
 
+@pytest.mark.parametrize(("module", "shape"), [(local_correlation, SMALL_MAPS), (vector_pyramid, SMALL_PYRAMID)])
+def test_providers_that_take_long_to_compile_agree_as_they_are_written(module, shape: dict[str, int]) -> None:
+    case = module.build(shape)
+    case.steps = {name: step for name, step in case.steps.items() if "torch.compile" not in name}
+    lines = [line for line in run(case, RATES, most_rounds=1) if not line.get("other_work")]
+    assert len(lines) >= 3
+    assert not any("cannot" in line for line in lines)
+
+
 def test_a_provider_that_fails_or_computes_something_else_gets_no_time() -> None:
     def broken() -> list[torch.Tensor]:
         raise RuntimeError("no such kernel\nand a long story")
@@ -53,6 +74,14 @@ def test_a_provider_that_fails_or_computes_something_else_gets_no_time() -> None
         "refused: differs by 1.0e-01 of the largest gradient",
         "fails: RuntimeError: no such kernel",
     ]
+
+
+def test_other_work_is_timed_without_being_compared_and_says_so() -> None:
+    steps = {"ours": lambda: [torch.ones(3)], "else": lambda: [torch.zeros(2)]}
+    lines = run(Case("op", {"N": 1}, CPU, steps, 1.0, 1.0, other_work=frozenset({"else"})), RATES, most_rounds=1)
+    assert [line.get("other_work") for line in lines] == [None, True]
+    assert "else *" in table(lines)
+    assert "* other work" in table(lines)
 
 
 def test_a_gradient_that_is_not_a_number_is_refused() -> None:

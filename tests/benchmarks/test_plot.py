@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from voxtrast.benchmarks.kernels.plot import OP, draw, main, newest
+from voxtrast.benchmarks.kernels.plot import SUBJECTS, draw, main, newest
+
+OP = SUBJECTS["info_nce"].op
 
 
 def line(size: int, date: str, median: float, **other: Any) -> dict[str, Any]:
@@ -38,6 +40,19 @@ def test_the_newest_line_of_each_provider_and_size_is_drawn() -> None:
     found = [(entry["provider"], entry["shape"]["N"], entry["median_s"]) for entry in newest(LINES)]
     of_tiles = [("tile loop", 2048, 3.0), ("tile loop", 4096, 5.0)]  # the best tile is another one at each size
     assert sorted(found) == [("ours", 2048, 2.0), ("ours", 4096, 4.0), ("ours", 8192, 8.0), *of_tiles]
+
+
+def test_of_local_correlation_cubes_are_drawn_and_no_other_work() -> None:
+    def cube(size: int, **other: Any) -> dict[str, Any]:
+        shape = {"D": size, "H": size, "W": other.pop("W", size), "B": 1, "units": 1, "radius": other.pop("radius", 2)}
+        return line(0, NEW, 1.0, **{"op": "local_correlation", "shape": shape, **other})
+
+    lines = [cube(64), cube(32), cube(64, radius=3), cube(64, W=32), cube(64, provider="MONAI", other_work=True)]
+    found = newest([*LINES, *lines], SUBJECTS["local_correlation"])
+    assert [(entry["provider"], entry["shape"]["D"], entry["shape"]["radius"]) for entry in found] == [
+        ("ours", 32, 2),
+        ("ours", 64, 2),
+    ]
 
 
 def test_nothing_timed_is_said() -> None:
