@@ -136,11 +136,14 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show all settings o
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
 def bench(
-    context: typer.Context, what: Annotated[str, typer.Argument(help="kernels: the fused operators.")] = "kernels"
+    context: typer.Context,
+    what: Annotated[
+        str, typer.Argument(help="kernels: the fused operators; train: the step of a recipe, by its parts.")
+    ] = "kernels",
 ) -> None:
-    """Measure speed and memory beside what one would otherwise pick: kernels --help says what can be chosen."""
-    if what != "kernels":
-        raise UserError(f"bench {what}: unknown; this version measures kernels")
+    """Measure speed and memory beside what one would otherwise pick: `bench kernels --help` says what can be chosen."""
+    if what not in ("kernels", "train"):
+        raise UserError(f"bench {what}: unknown; this version measures kernels and train")
     sys.argv = [f"voxtrast bench {what}", *context.args]
     runpy.run_module(f"voxtrast.benchmarks.{what}", run_name="__main__", alter_sys=True)
 

@@ -1,0 +1,227 @@
+"""The training step of a recipe by its parts, with our operators and with their torch references.
+
+voxtrast bench train cover-3d data=STORE [train.global_batch=1] [--steps N] [--output FILE]
+
+Both forms start from the same weights, see the same batches and take turns (A B A B), so that a machine that slows down
+slows both; their losses are compared step by step. Forward ends where the losses are, backward where the gradients are,
+and their parts are told apart by the maps that the network hands out: what comes before them in backward belongs to the
+losses. The wait for data is what is left of the loader's work while a step runs.
+"""
+
+import argparse
+import contextlib
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from voxtrast import kernels
+from voxtrast.engine.config import Config, load_config
+from voxtrast.engine.data.pipeline import ViewPipeline
+from voxtrast.engine.errors import UserError
+from voxtrast.engine.runs import build_method, open_cases
+from voxtrast.methods import Batch, Method
+
+from .harness import append
+from .machine import machine, results_file
+from .place import Place, choose_place
+
+PARTS = (
+    "data",
+    "encoder forward",
+    "decoder forward",
+    "losses forward",
+    "losses backward",
+    "decoder backward",
+    "encoder backward",
+    "optimizer",
+)
+
+
+class Clock:
+    """Seconds from one named mark to the next."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._last = 0.0
+
+    def start(self) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._last = self._now()
+
+    def mark(self, part: str) -> None:
+        now = self._now()
+        self.seconds[part] += now - self._last
+        self._last = now
+
+    def _now(self) -> float:
+        if self.place.on_gpu:
+            torch.cuda.synchronize(self.place.device)
+        return time.perf_counter()
+
+
+def watch(method: Method, clock: Clock) -> None:
+    """Has the clock marked where the network passes from part to part."""
+    backbone: Any = method.backbone
+
+    def mark(part: str) -> Callable[..., None]:
+        return lambda *_: clock.mark(part)
+
+    def after_network(_: nn.Module, __: Any, maps: tuple[list[Tensor], list[Tensor]]) -> None:
+        clock.mark("decoder forward")
+        # A gradient is whole when its producer's turn comes: all that was built on the map has had its own.
+        maps[1][-1].register_hook(mark("losses backward"))
+        maps[0][-1].register_hook(mark("decoder backward"))
+
+    backbone.network.encoder.register_forward_hook(mark("encoder forward"))
+    backbone.register_forward_hook(after_network)
+
+
+@contextlib.contextmanager
+def references_in(module: Any) -> Iterator[None]:
+    """The fused operators that a module has imported, replaced by their torch references."""
+    found = [
+        name
+        for name in kernels.__all__
+        if hasattr(kernels, f"{name}_reference") and getattr(module, name, None) is getattr(kernels, name)
+    ]
+    try:
+        for name in found:
+            setattr(module, name, getattr(kernels, f"{name}_reference"))
+        yield
+    finally:
+        for name in found:
+            setattr(module, name, getattr(kernels, name))
+
+
+class Form:
+    """One copy of a method with its optimizer."""
+
+    def __init__(self, name: str, method: Method, config: Config, place: Place) -> None:
+        self.name, self.method, self.config, self.place = name, method.to(place.device), config, place
+        self.clock = Clock(place)
+        watch(self.method, self.clock)
+        groups = self.method.parameter_groups(config.optimizer.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.optimizer.learning_rate)
+        self.losses: list[float] = []
+        self.taken: list[dict[str, float]] = []
+
+    def step(self, batch: Batch, number: int, waited: float) -> None:
+        module = sys.modules[type(self.method).__module__]
+        with references_in(module) if self.name == "references" else contextlib.nullcontext():
+            self.clock.start()
+            losses = self.method(batch, number)
+            total = torch.stack(list(losses.values())).sum()
+            self.clock.mark("losses forward")
+            self.optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            self.clock.mark("encoder backward")
+            if self.config.optimizer.gradient_clip:
+                nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optimizer.gradient_clip)
+            self.optimizer.step()
+            self.method.after_step(number)
+            self.clock.mark("optimizer")
+        self.losses.append(total.item())
+        self.taken.append({**self.clock.seconds, "data": waited})
+
+    def median(self, part: str) -> float:
+        return statistics.median(taken[part] for taken in self.taken[1:])  # the first step warms up
+
+    def whole(self) -> float:
+        """Of the step without the wait for data."""
+        return statistics.median(sum(taken.values()) - taken["data"] for taken in self.taken[1:])
+
+
+def operator_seconds(form: Form, batch: Batch) -> dict[str, float]:
+    """Of one more step: seconds inside each of our operators, forward and backward."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        form.step(batch, len(form.losses), 0.0)
+    form.losses.pop()
+    form.taken.pop()
+    return {
+        event.key.removeprefix("voxtrast::"): event.self_cpu_time_total / 1e6
+        for event in profile.key_averages()
+        if event.key.startswith("voxtrast::") and event.self_cpu_time_total > 0
+    }
+
+
+def measure(config: Config, steps: int, place: Place) -> tuple[list[Form], dict[str, float], float]:
+    """Both forms after `steps` steps each, the seconds in our operators, and the largest difference of two losses."""
+    method = build_method(config)
+    if not hasattr(method, "backbone"):
+        raise UserError(f"{config.recipe}: its method has no backbone to tell parts of")
+    forms = [Form(name, copy.deepcopy(method), config, place) for name in ("ours", "references")]
+    store, cases, _, _ = open_cases(config)
+    device_id = place.device.index if place.on_gpu else None
+    loader = {"threads": config.loader.threads, "prefetch": config.loader.prefetch, "device_id": device_id}
+    options: dict[str, Any] = {"seed": config.seed, "global_batch": config.train.global_batch, **loader}
+    with ViewPipeline(store, cases, method.views, **options) as views:
+        batches = iter(views)
+        for number in range(steps + 1):
+            for turn, form in enumerate(forms):
+                began = time.perf_counter()
+                if turn == 0:
+                    (batch,) = next(batches)
+                    waited = time.perf_counter() - began
+                form.step(batch, number, waited)
+    difference = max(abs(a - b) / abs(b) for a, b in zip(*(form.losses for form in forms), strict=True))
+    inside = {} if place.on_gpu else operator_seconds(forms[0], batch)
+    return forms, inside, difference
+
+
+def report(forms: list[Form], inside: dict[str, float], difference: float) -> str:
+    ours, other = forms
+    rows = [f"{'':<22}" + "".join(f"{form.name:>14}" for form in forms) + f"{'ratio':>10}"]
+    for part in PARTS:
+        one, two = ours.median(part), other.median(part)
+        rows.append(f"{part:<22}{one:>12.3f} s{two:>12.3f} s" + (f"{two / one:>9.2f}x" if one > 1e-6 else ""))
+    one, two = ours.whole(), other.whole()
+    rows.append(f"{'step without data':<22}{one:>12.3f} s{two:>12.3f} s{two / one:>9.2f}x")
+    rows += [f"  {name:<32}{seconds:>10.3f} s" for name, seconds in sorted(inside.items(), key=lambda item: -item[1])]
+    rows.append(f"largest difference of the losses of {len(ours.losses)} steps: {difference:.1e}")
+    return "\n".join(rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="voxtrast bench train", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("recipe", nargs="?", default="cover-3d", help="a recipe, or the path of a YAML file")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="data=STORE train.global_batch=1 ...")
+    parser.add_argument("--steps", type=int, default=20, help="after one that warms up (default: 20)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="append JSON lines to FILE or FOLDER/DEVICE.jsonl")
+    chosen = parser.parse_intermixed_args(arguments)
+    if chosen.steps < 1:
+        parser.error(f"--steps: expected at least 1, got {chosen.steps}")
+    try:
+        place = choose_place(chosen.device, "float32")
+        config = load_config(chosen.recipe, chosen.settings)
+        if not config.data:
+            raise UserError("data: not given; say data=STORE")
+        forms, inside, difference = measure(config, chosen.steps, place)
+    except (UserError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    about = machine(place)
+    print(about["device"], config.recipe, "batch", config.train.global_batch, "crop", list(config.views.crop))
+    print(report(forms, inside, difference))
+    if chosen.output:
+        shape = {"batch": config.train.global_batch, "crop": list(config.views.crop)}
+        lines = [
+            {**about, "op": f"step of {config.recipe}", "shape": shape, "provider": form.name, "steps": chosen.steps,
+             "median_s": form.whole(), "parts_s": {part: form.median(part) for part in PARTS},
+             "loss_difference": difference, **({"operators_s": inside} if form is forms[0] else {})}
+            for form in forms
+        ]  # fmt: skip
+        append(lines, results_file(chosen.output, about["device"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
