@@ -281,6 +281,9 @@ T* shared_memory() {
 }
 }  // namespace voxtrast
 
+using std::max;
+using std::min;
+
 using Place = std::source_location;
 
 inline void __syncthreads(const Place& place = Place::current()) {
