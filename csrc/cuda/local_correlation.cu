@@ -28,7 +28,7 @@ Element element_of(const Tensor& query) {
   }
 }
 
-Problem plan(const Tensor& query, const Tensor& key, int64_t radius, int64_t units, double scale) {
+Problem describe(const Tensor& query, const Tensor& key, int64_t radius, int64_t units, double scale) {
   STD_TORCH_CHECK(query.dim() == 4 || query.dim() == 5, "voxtrast: query: expected 4 or 5 dimensions, got ", query.dim());
   STD_TORCH_CHECK(query.scalar_type() == key.scalar_type() && query.numel() == key.numel(),
                   "voxtrast: key: expected the shape and type of query");
@@ -39,10 +39,14 @@ Problem plan(const Tensor& query, const Tensor& key, int64_t radius, int64_t uni
     sizes[axis] = query.size(axis + 2);
     STD_TORCH_CHECK(sizes[axis] <= std::numeric_limits<int>::max() - 4096, "voxtrast: query: an axis is too long");
   }
+  return correlation::describe(query.size(0), units, query.size(1) / units, sizes, dimensions, radius,
+                               scale, element_of(query));
+}
+
+int processors_of(const Tensor& tensor) {
   int processors = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, query.get_device_index()));
-  return correlation::plan(query.size(0), units, query.size(1) / units, sizes, dimensions, radius,
-                           static_cast<float>(scale), element_of(query), processors);
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, tensor.get_device_index()));
+  return processors;
 }
 
 std::vector<int64_t> with_channels(const Tensor& query, int64_t channels) {
@@ -62,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> local_correlation(const Tensor& query_given, 
                                                      int64_t units, double scale) {
   const torch::stable::accelerator::DeviceGuard guard(query_given.get_device_index());
   const Tensor query = torch::stable::contiguous(query_given), key = torch::stable::contiguous(key_given);
-  const Problem problem = plan(query, key, radius, units, scale);
+  const Problem problem = describe(query, key, radius, units, scale);
   const auto new_float = [&](const std::vector<int64_t>& sizes) {
     return torch::stable::new_empty(query, sizes, ScalarType::Float);
   };
@@ -70,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> local_correlation(const Tensor& query_given, 
   Tensor log_sum_exp = new_float(with_channels(query, units));
   Tensor mean = units == 1 ? new_float({0}) : new_float(with_channels(query, units * problem.components));
   if (query.numel() > 0)
-    correlation::forward(Launch(query), problem, query.const_data_ptr(), key.const_data_ptr(),
+    correlation::forward(Launch(query), problem, processors_of(query), query.const_data_ptr(), key.const_data_ptr(),
                          displacement.mutable_data_ptr<float>(), log_sum_exp.mutable_data_ptr<float>(),
                          mean.mutable_data_ptr<float>());
   return {displacement, log_sum_exp, mean};
@@ -85,7 +89,7 @@ std::tuple<Tensor, Tensor> local_correlation_backward(const Tensor& grad_given, 
   const Tensor query = torch::stable::contiguous(query_given), key = torch::stable::contiguous(key_given);
   const Tensor grad_displacement = torch::stable::contiguous(grad_given);
   const Tensor log_sum_exp = torch::stable::contiguous(log_sum_exp_given), mean = torch::stable::contiguous(mean_given);
-  const Problem problem = plan(query, key, radius, units, scale);
+  const Problem problem = describe(query, key, radius, units, scale);
   const int64_t count = problem.count * problem.points;
   const correlation::Gradients given = {
       float_data(grad_displacement, count / units * problem.components, "grad_displacement"),
@@ -93,7 +97,7 @@ std::tuple<Tensor, Tensor> local_correlation_backward(const Tensor& grad_given, 
   Tensor grad_query = need_query ? torch::stable::new_empty(query, query.sizes()) : torch::stable::new_empty(query, {0});
   Tensor grad_key = need_key ? torch::stable::new_empty(key, key.sizes()) : torch::stable::new_empty(key, {0});
   if (query.numel() > 0)
-    correlation::backward(Launch(query), problem, given, query.const_data_ptr(), key.const_data_ptr(),
+    correlation::backward(Launch(query), problem, processors_of(query), given, query.const_data_ptr(), key.const_data_ptr(),
                           need_query ? grad_query.mutable_data_ptr() : nullptr,
                           need_key ? grad_key.mutable_data_ptr() : nullptr);
   return {grad_query, grad_key};

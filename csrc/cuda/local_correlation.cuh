@@ -16,9 +16,9 @@ constexpr int64_t kMostBlocks = 0x7fffffff;
 
 inline bool is_general(const Problem& p) { return p.radius > kMostRadius || p.channels > kChannels; }
 
-// sizes: (depth, height, width) or (height, width); processors: of the device
-inline Problem plan(int64_t batch, int64_t units, int64_t channels, const int64_t* sizes, int dimensions,
-                    int64_t radius, float scale, Element element, int processors) {
+// sizes: (depth, height, width) or (height, width)
+inline Problem describe(int64_t batch, int64_t units, int64_t channels, const int64_t* sizes, int dimensions,
+                        int64_t radius, double scale, Element element) {
   Problem p = {};
   p.count = batch * units;
   p.units = static_cast<int>(units);
@@ -30,23 +30,27 @@ inline Problem plan(int64_t batch, int64_t units, int64_t channels, const int64_
   p.points = int64_t(p.depth) * p.height * p.width;
   // A wider window sees no more voxels.
   p.radius = static_cast<int>(std::min<int64_t>(radius, std::max({p.depth, p.height, p.width})));
-  p.scale = scale;
+  const double scale_2 = scale * 1.4426950408889634;
+  p.scale = static_cast<float>(scale);
+  p.scale_2 = static_cast<float>(scale_2);
+  p.scale_2_low = static_cast<float>(scale_2 - p.scale_2);
   p.element = element;
-  if (dimensions == 3) {
-    p.tile_width = p.width > 16 ? 32 : p.width > 8 ? 16 : 8;
-    const int rows = 32 / p.tile_width;  // of a warp
-    p.tile_height = std::min(kThreads / p.tile_width, (p.height + rows - 1) / rows * rows);
-  } else {
-    p.tile_width = std::min(kThreads, (p.width + 31) / 32 * 32);
-    p.tile_height = 1;
-  }
+  return p;
+}
+
+// Cuts the problem into the tiles of blocks of at most `threads`, of which a processor runs `resident` at a time.
+inline Problem cut(Problem p, int threads, int resident, int processors) {
+  const bool volume = p.components == 3;
+  p.tile_width = !volume ? std::min(threads, (p.width + 31) / 32 * 32) : p.width > 16 ? 32 : p.width > 8 ? 16 : 8;
+  const int rows = 32 / std::min(p.tile_width, 32);  // of a warp
+  p.tile_height = volume ? std::min(threads / p.tile_width, (p.height + rows - 1) / rows * rows) : 1;
   p.pitch = p.tile_width + 2 * p.radius;
-  p.plane_points = p.pitch * (p.tile_height + (dimensions == 3 ? 2 * p.radius : 0));
+  p.plane_points = p.pitch * (p.tile_height + (volume ? 2 * p.radius : 0));
   p.reciprocal = ((1u << 20) + p.pitch - 1) / p.pitch;
   p.tiles_x = (p.width + p.tile_width - 1) / p.tile_width;
   p.tiles_y = (p.height + p.tile_height - 1) / p.tile_height;
-  // Each chunk meets 2 r planes besides its own: as many chunks as make the device finish first, two blocks at a time.
-  const int64_t columns = p.count * p.tiles_x * p.tiles_y, together = 2 * int64_t(processors);
+  // Each chunk meets 2 r planes besides its own: as many chunks as make the device finish first.
+  const int64_t columns = p.count * p.tiles_x * p.tiles_y, together = int64_t(resident) * processors;
   int64_t least = INT64_MAX;
   for (int chunks = 1; chunks <= std::min(p.depth, 64); ++chunks) {
     const int chunk = (p.depth + chunks - 1) / chunks;
@@ -82,8 +86,9 @@ inline dim3 blocks_for_items(int64_t items) { return blocks_for((items + kThread
 
 // With one unit, mean is not written: the displacement is the mean.
 template <class Launch>
-void forward(const Launch& launch, const Problem& p, const void* query, const void* key, float* displacement,
-             float* log_sum_exp, float* mean) {
+void forward(const Launch& launch, const Problem& given, int processors, const void* query, const void* key,
+             float* displacement, float* log_sum_exp, float* mean) {
+  const Problem p = cut(given, kThreads, 2, processors);
   float* const means = p.units == 1 ? displacement : mean;
   if (is_general(p)) {
     launch(&correlate_general, blocks_for_items(p.count * p.points), dim3(kThreads), 0, p, query, key, means,
@@ -103,8 +108,9 @@ void forward(const Launch& launch, const Problem& p, const void* query, const vo
 
 // grad_query, grad_key: nullptr where not needed
 template <class Launch>
-void backward(const Launch& launch, const Problem& p, const Gradients& given, const void* query, const void* key,
-              void* grad_query, void* grad_key) {
+void backward(const Launch& launch, const Problem& whole, int processors, const Gradients& given, const void* query,
+              const void* key, void* grad_query, void* grad_key) {
+  const Problem p = cut(whole, kBackwardThreads, 3, processors);
   if (is_general(p)) {
     const int64_t groups = (p.channels + kChannels - 1) / kChannels;
     const dim3 grid = blocks_for_items(groups * p.count * p.points), block(kThreads);

@@ -24,12 +24,15 @@ struct Pull {
 
 template <bool kVolume>
 __device__ inline Pull load_pull(const Problem& p, const Gradients& given, int64_t problem, int64_t at) {
-  const float share = 1.0f / static_cast<float>(p.units);
+  const float log_sum_exp = given.log_sum_exp[problem * p.points + at];
   const float* gradient = given.displacement + problem / p.units * p.components * p.points + at;
   const float* mean = given.mean + problem * p.components * p.points + at;
   const int64_t last = (kVolume ? 2 : 1) * p.points;
   Pull pull;
-  pull.start = -kLog2E * given.log_sum_exp[problem * p.points + at];
+  pull.start = -kLog2E * log_sum_exp;
+  // What the start is too large by makes the gradient smaller.
+  const float residue = fmaf(-kLog2E, log_sum_exp, -pull.start) - kLog2ELow * log_sum_exp;
+  const float share = fmaf(kLn2, residue, 1.0f) / static_cast<float>(p.units);
   pull.z = share * gradient[0];
   pull.y = kVolume ? share * gradient[p.points] : 0.0f;
   pull.x = share * gradient[last];
@@ -40,7 +43,7 @@ __device__ inline Pull load_pull(const Problem& p, const Gradients& given, int64
 
 // query, key, grad_query (count, channels, points)
 template <int R, bool kVolume>
-__global__ void __launch_bounds__(kThreads, R == 1 ? 2 : 1)
+__global__ void __launch_bounds__(kBackwardThreads, R <= 2 ? 3 : 2)
     differentiate_query(Problem p, Gradients given, const void* __restrict__ query, const void* __restrict__ key,
                         void* __restrict__ grad_query) {
   constexpr int kHaloY = kVolume ? R : 0, kSlots = 2 * R + 1, kLast = 2 * R;
@@ -50,8 +53,7 @@ __global__ void __launch_bounds__(kThreads, R == 1 ? 2 : 1)
     const Column column(p, tile, kHaloY);
     const int64_t stride = int64_t(p.height) * p.width, first = tile.problem * p.channels * p.points;
     float vector[kSlots][kChannels] = {}, sum[kSlots][kChannels] = {};
-    // height: <g, (z, 0, 0) - mean> for the plane at hand
-    float start[kSlots] = {}, x[kSlots] = {}, y[kSlots] = {}, z[kSlots] = {}, height[kSlots] = {};
+    float start[kSlots] = {}, x[kSlots] = {}, y[kSlots] = {}, z[kSlots] = {}, centre[kSlots] = {};
     load_plane<kHaloY>(p, tile, key, tile.begin - R, planes[0]);
     __syncthreads();
 #pragma unroll 1
@@ -60,15 +62,13 @@ __global__ void __launch_bounds__(kThreads, R == 1 ? 2 : 1)
       for (int i = kSlots - 1; i > 0; --i) {
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) vector[i][c] = vector[i - 1][c], sum[i][c] = sum[i - 1][c];
-        start[i] = start[i - 1], x[i] = x[i - 1], y[i] = y[i - 1], z[i] = z[i - 1];
-        height[i] = height[i - 1] + z[i - 1];
+        start[i] = start[i - 1], x[i] = x[i - 1], y[i] = y[i - 1], z[i] = z[i - 1], centre[i] = centre[i - 1];
       }
       const bool met = column.inside && plane + R < tile.end;
       const int64_t newest = (plane + R) * stride + column.offset;
-      load_vector(p, query, first + newest, met, p.scale * kLog2E, vector[0]);
+      load_vector<true>(p, query, first + newest, met, vector[0]);
       const Pull pull = met ? load_pull<kVolume>(p, given, tile.problem, newest) : Pull{};
-      start[0] = pull.start, x[0] = pull.x, y[0] = pull.y, z[0] = pull.z;
-      height[0] = fmaf(static_cast<float>(-R), pull.z, -pull.centre);
+      start[0] = pull.start, x[0] = pull.x, y[0] = pull.y, z[0] = pull.z, centre[0] = pull.centre;
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) sum[0][c] = 0.0f;
       if (plane + 1 < tile.end + R) load_plane<kHaloY>(p, tile, key, plane + 1, planes[1]);
@@ -76,6 +76,12 @@ __global__ void __launch_bounds__(kThreads, R == 1 ? 2 : 1)
 #pragma unroll 1
         for (int dy = -kHaloY; dy <= kHaloY; ++dy) {
           if (column.y + dy < 0 || column.y + dy >= p.height) continue;
+          float level[kSlots];
+#pragma unroll
+          for (int i = 0; i < kSlots; ++i) {
+            level[i] = fmaf(static_cast<float>(i - R), z[i], -centre[i]);
+            if (kVolume) level[i] = fmaf(static_cast<float>(dy), y[i], level[i]);
+          }
 #pragma unroll(R <= 2 ? kSlots : 1)
           for (int dx = -R; dx <= R; ++dx) {
             float other[kChannels];
@@ -83,10 +89,8 @@ __global__ void __launch_bounds__(kThreads, R == 1 ? 2 : 1)
             const bool inside = column.x + dx >= 0 && column.x + dx < p.width;
 #pragma unroll
             for (int i = 0; i < kSlots; ++i) {
-              const float share = exp2_fast(dot(vector[i], other, start[i]));
-              float pulled = fmaf(static_cast<float>(dx), x[i], height[i]);
-              if (kVolume) pulled = fmaf(static_cast<float>(dy), y[i], pulled);
-              const float factor = inside ? share * pulled : 0.0f;
+              const float share = exp2_fast(dot(vector[i], other) + start[i]);
+              const float factor = inside ? share * fmaf(static_cast<float>(dx), x[i], level[i]) : 0.0f;
 #pragma unroll
               for (int c = 0; c < kChannels; ++c) sum[i][c] = fmaf(factor, other[c], sum[i][c]);
             }
@@ -111,7 +115,7 @@ __device__ inline void load_queries(const Problem& p, const Gradients& given, co
   const int64_t first = tile.problem * p.channels * p.points;
   for_plane<kHaloY>(p, tile, z, [&](int position, int64_t offset, bool inside) {
     float values[kChannels];
-    load_vector(p, query, first + offset, inside, p.scale * kLog2E, values);
+    load_vector<true>(p, query, first + offset, inside, values);
     Pull pull{-INFINITY, 0.0f, 0.0f, 0.0f, 0.0f};
     if (inside) pull = load_pull<kVolume>(p, given, tile.problem, offset);
     plane[position] = make_float4(values[0], values[1], values[2], values[3]);
@@ -125,7 +129,7 @@ constexpr int kQueryFloats = 13;  // of a voxel in such a plane
 
 // The same with the roles exchanged: the slots hold keys, and queries pass by.
 template <int R, bool kVolume>
-__global__ void __launch_bounds__(kThreads, R <= 2 ? 2 : 1)
+__global__ void __launch_bounds__(kBackwardThreads, R <= 2 ? 3 : 2)
     differentiate_key(Problem p, Gradients given, const void* __restrict__ query, const void* __restrict__ key,
                       void* __restrict__ grad_key) {
   constexpr int kHaloY = kVolume ? R : 0, kSlots = 2 * R + 1, kLast = 2 * R;
@@ -146,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, R <= 2 ? 2 : 1)
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) vector[i][c] = vector[i - 1][c], sum[i][c] = sum[i - 1][c];
       const bool met = column.inside && plane + R < tile.end;
-      load_vector(p, key, first + (plane + R) * stride + column.offset, met, 1.0f, vector[0]);
+      load_vector<false>(p, key, first + (plane + R) * stride + column.offset, met, vector[0]);
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) sum[0][c] = 0.0f;
       if (plane + 1 < tile.end + R) load_queries<kHaloY, kVolume>(p, given, tile, query, plane + 1, planes[1]);
@@ -166,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, R <= 2 ? 2 : 1)
 #pragma unroll
             for (int i = 0; i < kSlots; ++i) {
               // The offset from the query to slot i is (R - i, -dy, -dx).
-              const float share = exp2_fast(dot(vector[i], other, pull.x));
+              const float share = exp2_fast(dot(vector[i], other) + pull.x);
               const float factor = share * fmaf(static_cast<float>(R - i), pull_z, level);
 #pragma unroll
               for (int c = 0; c < kChannels; ++c) sum[i][c] = fmaf(factor, other[c], sum[i][c]);

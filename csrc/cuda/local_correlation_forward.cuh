@@ -7,10 +7,12 @@
 namespace voxtrast::correlation {
 
 // The queries of a thread's column that see the plane at hand, and their sums over the window so far. Weights are
-// 2^(logit - shift); the shift is the logit of offset 0, so that they need no maximum and their sum is at least 1.
+// 2^(logit - shift). Where the logit of offset 0 is small, the shift is 0; else it is that logit, as a whole number: the
+// weights need no maximum, their sum is at least 2^-60, and the difference is exact for those that matter.
 template <int R>
 struct Queries {
   static constexpr int kSlots = 2 * R + 1;
+  static constexpr float kUnshifted = 60.0f;
   static constexpr float kLimit = 7.9e28f;  // 2^96: sums beyond may overflow, and ask for another shift
   float vector[kSlots][kChannels] = {};
   float shift[kSlots] = {};
@@ -24,9 +26,10 @@ struct Queries {
       shift[i] = shift[i - 1], total[i] = total[i - 1], x[i] = x[i - 1], y[i] = y[i - 1], z[i] = z[i - 1];
     }
     float centre[kChannels];
-    load_vector(p, query, at, read, p.scale * kLog2E, vector[0]);
-    load_vector(p, key, at, read, 1.0f, centre);
-    shift[0] = dot(vector[0], centre, 0.0f);
+    load_vector<true>(p, query, at, read, vector[0]);
+    load_vector<false>(p, key, at, read, centre);
+    const float logit = dot(vector[0], centre);
+    shift[0] = fabsf(logit) <= kUnshifted ? 0.0f : rintf(logit);
     total[0] = x[0] = y[0] = z[0] = 0.0f;
   }
 
@@ -38,9 +41,10 @@ struct Queries {
       if (column.y + dy >= 0 && column.y + dy < p.height) row(dy, column.centre + dy * p.pitch);
   }
 
-  // The sums over one plane; false where they come close to overflow, or are not numbers.
-  template <int kHaloY>
-  __device__ bool add(const Problem& p, const Column& column, const float4* plane) {
+  // The sums over one plane; false where they come close to overflow, or are not numbers. A warp without shifts saves
+  // the subtraction.
+  template <int kHaloY, bool kShifted>
+  __device__ bool add(const Problem& p, const Column& column, const float4* plane, bool raised) {
     float plane_total[kSlots] = {}, plane_x[kSlots] = {}, plane_y[kSlots] = {};
     for_rows<kHaloY>(p, column, [&](int dy, int position) {
       float row_total[kSlots] = {};
@@ -51,7 +55,8 @@ struct Queries {
         const bool inside = column.x + dx >= 0 && column.x + dx < p.width;
 #pragma unroll
         for (int i = 0; i < kSlots; ++i) {
-          const float weight = exp2_fast(dot(vector[i], other, -shift[i]));
+          const float logit = dot(vector[i], other);
+          const float weight = exp2_fast(kShifted ? logit - shift[i] : logit);
           if (inside) row_total[i] += weight;
           if (inside && dx != 0) plane_x[i] = fmaf(static_cast<float>(dx), weight, plane_x[i]);
         }
@@ -76,8 +81,6 @@ struct Queries {
     return true;
   }
 
-  bool raised = false;
-
   // Raises the shifts to the largest logits of the plane, and what has been summed with them.
   template <int kHaloY>
   __device__ void raise(const Problem& p, const Column& column, const float4* plane) {
@@ -91,7 +94,7 @@ struct Queries {
         float other[kChannels];
         read_vector(p, plane, position + dx, other);
 #pragma unroll
-        for (int i = 0; i < kSlots; ++i) largest[i] = fmaxf(largest[i], dot(vector[i], other, 0.0f));
+        for (int i = 0; i < kSlots; ++i) largest[i] = fmaxf(largest[i], dot(vector[i], other));
       }
     });
 #pragma unroll
@@ -101,7 +104,25 @@ struct Queries {
       shift[i] = largest[i];
     }
   }
+
+  template <int kHaloY>
+  __device__ void add_plane(const Problem& p, const Column& column, const float4* plane) {
+    bool shifted = false;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) shifted = shifted || shift[i] != 0.0f;
+    shifted = __any_sync(0xffffffffu, shifted);
+    bool raised = false;
+    while (!(shifted ? add<kHaloY, true>(p, column, plane, raised) : add<kHaloY, false>(p, column, plane, false))) {
+      raise<kHaloY>(p, column, plane);
+      raised = shifted = true;
+    }
+  }
 };
+
+// log(2^shift total)
+__device__ inline float natural(float shift, float total) {
+  return fmaf(shift, kLn2, fmaf(shift, kLn2Low, logf(total)));
+}
 
 // query, key (count, channels, points); mean (count, components, points); log_sum_exp (count, points)
 template <int R, bool kVolume>
@@ -121,13 +142,7 @@ __global__ void __launch_bounds__(kThreads, R <= 2 ? 2 : 1)
     for (int z = tile.begin - R; z < tile.end + R; ++z) {
       queries.advance(p, query, key, first + (z + R) * stride, column.inside && z + R < tile.end);
       if (z + 1 < tile.end + R) load_plane<kHaloY>(p, tile, key, z + 1, planes[1]);
-      if (z >= 0 && z < p.depth) {
-        queries.raised = false;
-        while (!queries.template add<kHaloY>(p, column, planes[0])) {
-          queries.template raise<kHaloY>(p, column, planes[0]);
-          queries.raised = true;
-        }
-      }
+      if (z >= 0 && z < p.depth) queries.template add_plane<kHaloY>(p, column, planes[0]);
       if (column.inside && z - R >= tile.begin) {
         const int64_t at = (z - R) * stride + column.offset;
         const float total = queries.total[kLast];
@@ -135,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, R <= 2 ? 2 : 1)
         target[0] = queries.z[kLast] / total;
         if (kVolume) target[p.points] = queries.y[kLast] / total;
         target[(kVolume ? 2 : 1) * p.points] = queries.x[kLast] / total;
-        log_sum_exp[tile.problem * p.points + at] = (queries.shift[kLast] + log2f(total)) * kLn2;
+        log_sum_exp[tile.problem * p.points + at] = natural(queries.shift[kLast], total);
       }
       __syncthreads();
       float4* const read = planes[0];

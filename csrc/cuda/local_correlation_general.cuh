@@ -2,6 +2,7 @@
 #pragma once
 
 #include "local_correlation_backward.cuh"
+#include "local_correlation_forward.cuh"
 
 namespace voxtrast::correlation {
 
@@ -20,17 +21,23 @@ struct Voxel {
   }
 };
 
-// The dot products of the vector at `own` of one map with the strip that begins at `other` of the other map.
-template <class T>
-__device__ inline void dot_strip(const Problem& p, const T* own, const T* other, int valid, float factor,
+// The dot products of the vector at `own` of one map with the strip that begins at `other` of the other map. The query
+// is scaled, so that backward repeats the logits of forward to the last bit.
+template <bool kOfKey, class T>
+__device__ inline void dot_strip(const Problem& p, const T* own, const T* other, int valid,
                                  float (&products)[kStrip]) {
 #pragma unroll
   for (int n = 0; n < kStrip; ++n) products[n] = 0.0f;
   for (int c = 0; c < p.channels; ++c) {
-    const float value = factor * static_cast<float>(own[c * p.points]);
+    float value = static_cast<float>(own[c * p.points]);
+    if (!kOfKey) value = times(value, p.scale_2, p.scale_2_low);
 #pragma unroll
-    for (int n = 0; n < kStrip; ++n)
-      if (n < valid) products[n] = fmaf(value, static_cast<float>(other[c * p.points + n]), products[n]);
+    for (int n = 0; n < kStrip; ++n) {
+      if (n >= valid) continue;
+      float neighbour = static_cast<float>(other[c * p.points + n]);
+      if (kOfKey) neighbour = times(neighbour, p.scale_2, p.scale_2_low);
+      products[n] = fmaf(value, neighbour, products[n]);
+    }
   }
 }
 
@@ -48,7 +55,7 @@ __device__ inline int64_t offset_of(const Problem& p, int dz, int dy, int dx) {
   return (int64_t(dz) * p.height + dy) * p.width + dx;
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     correlate_general(Problem p, const void* __restrict__ query, const void* __restrict__ key, float* __restrict__ mean,
                       float* __restrict__ log_sum_exp) {
   const int64_t threads = int64_t(gridDim.x) * kThreads;
@@ -62,7 +69,7 @@ __global__ void __launch_bounds__(kThreads)
       const T* others = static_cast<const T*>(key) + first;
       for_window(p, voxel, [&](int dz, int dy, int dx, int valid) {
         float products[kStrip], strip_largest = largest;
-        dot_strip(p, own, others + offset_of(p, dz, dy, dx), valid, p.scale * kLog2E, products);
+        dot_strip<false>(p, own, others + offset_of(p, dz, dy, dx), valid, products);
 #pragma unroll
         for (int n = 0; n < kStrip; ++n)
           if (n < valid) strip_largest = fmaxf(strip_largest, products[n]);
@@ -85,7 +92,7 @@ __global__ void __launch_bounds__(kThreads)
     target[0] = z / total;
     if (p.components == 3) target[p.points] = y / total;
     target[(p.components - 1) * p.points] = x / total;
-    log_sum_exp[item] = (largest + log2f(total)) * kLn2;
+    log_sum_exp[item] = natural(largest, total);
   }
 }
 
@@ -110,7 +117,7 @@ __global__ void __launch_bounds__(kThreads)
       for_window(p, voxel, [&](int dz, int dy, int dx, int valid) {
         const int64_t offset = offset_of(p, dz, dy, dx);
         float products[kStrip];
-        dot_strip(p, own, others + offset, valid, p.scale * kLog2E, products);
+        dot_strip<kOfKey>(p, own, others + offset, valid, products);
         for (int n = 0; n < valid; ++n) {
           if (kOfKey) pull = load_pull<kVolume>(p, given, voxel.problem, voxel.at + offset + n);
           const float sign = kOfKey ? -1.0f : 1.0f;

@@ -15,16 +15,19 @@ namespace voxtrast::correlation {
 
 enum class Element : int { kFloat32, kBfloat16, kFloat16 };
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256;         // of a block
+constexpr int kBackwardThreads = 128;  // in the kernels whose slots fill the registers
 constexpr int kChannels = 8;  // of a unit, at most, outside the general kernels
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+// Logits may be large: where they change their base, what a float cannot hold of a factor is carried along.
+constexpr float kLog2E = 1.4426950408889634f, kLog2ELow = 1.925963e-8f;
+constexpr float kLn2 = 0.6931471805599453f, kLn2Low = -1.9046543e-9f;
 
 struct Problem {
   int64_t count;  // batch * units
   int units, channels, radius, components;
   int depth, height, width;  // of the volume; height is 1 for a 2-D map
   int64_t points;
-  float scale;
+  float scale, scale_2, scale_2_low;  // the latter two: scale times log2(e)
   Element element;
   int tile_width, tile_height, chunk;          // voxels of a block
   int tiles_x, tiles_y, chunks;                // blocks along each axis
@@ -85,15 +88,23 @@ struct Column {
   }
 };
 
-// values[c] = factor * map[c][at], 0 where the vector is not to be read
-__device__ inline void load_vector(const Problem& p, const void* map, int64_t at, bool read, float factor,
+__device__ inline float times(float value, float factor, float factor_low) {
+  return fmaf(value, factor, value * factor_low);
+}
+
+// values[c] = map[c][at], times scale_2 if it is a query, 0 where the vector is not to be read
+template <bool kIsQuery>
+__device__ inline void load_vector(const Problem& p, const void* map, int64_t at, bool read,
                                    float (&values)[kChannels]) {
   with_element(p.element, [&](auto type) {
     const auto* source = static_cast<const decltype(type)*>(map) + at;
 #pragma unroll
     for (int c = 0; c < kChannels; ++c)
-      values[c] = read && c < p.channels ? factor * static_cast<float>(source[c * p.points]) : 0.0f;
+      values[c] = read && c < p.channels ? static_cast<float>(source[c * p.points]) : 0.0f;
   });
+  if (!kIsQuery) return;
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) values[c] = times(values[c], p.scale_2, p.scale_2_low);
 }
 
 __device__ inline void store_vector(const Problem& p, void* map, int64_t at, float factor,
@@ -124,7 +135,7 @@ __device__ inline void load_plane(const Problem& p, const Tile& tile, const void
   const int64_t first = tile.problem * p.channels * p.points;
   for_plane<kHaloY>(p, tile, z, [&](int position, int64_t offset, bool inside) {
     float values[kChannels];
-    load_vector(p, map, first + offset, inside, 1.0f, values);
+    load_vector<false>(p, map, first + offset, inside, values);
     plane[position] = make_float4(values[0], values[1], values[2], values[3]);
     plane[p.plane_points + position] = make_float4(values[4], values[5], values[6], values[7]);
   });
@@ -136,10 +147,12 @@ __device__ inline void read_vector(const Problem& p, const float4* plane, int po
   values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
 }
 
-__device__ inline float dot(const float (&a)[kChannels], const float (&b)[kChannels], float start) {
+// Always in this order: backward repeats the logits of forward to the last bit, so that softmaxes sum to 1.
+__device__ inline float dot(const float (&a)[kChannels], const float (&b)[kChannels]) {
+  float sum = a[0] * b[0];
 #pragma unroll
-  for (int c = 0; c < kChannels; ++c) start = fmaf(a[c], b[c], start);
-  return start;
+  for (int c = 1; c < kChannels; ++c) sum = fmaf(a[c], b[c], sum);
+  return sum;
 }
 
 }  // namespace voxtrast::correlation

@@ -314,6 +314,11 @@ Value __shfl_xor_sync(uint32_t mask, Value value, int lanes, const Place& place 
   return emulation::exchange(mask, value, [=](unsigned own) { return own ^ unsigned(lanes); }, place);
 }
 
+inline int __any_sync(uint32_t mask, int predicate, const Place& place = Place::current()) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) predicate |= __shfl_xor_sync(mask, predicate, lanes, place);
+  return predicate;
+}
+
 template <class Value>
 Value __ldg(const Value* address) {
   return *address;

@@ -8,12 +8,11 @@ namespace correlation = voxtrast::correlation;
 
 namespace {
 
-correlation::Problem plan(int64_t batch, int64_t units, int64_t channels, int64_t dimensions, int64_t size_0,
-                          int64_t size_1, int64_t size_2, int64_t radius, int64_t element, int64_t processors,
-                          float scale) {
+correlation::Problem describe(int64_t batch, int64_t units, int64_t channels, int64_t dimensions, int64_t size_0,
+                              int64_t size_1, int64_t size_2, int64_t radius, int64_t element, double scale) {
   const int64_t sizes[] = {size_0, size_1, size_2};
-  return correlation::plan(batch, units, channels, sizes, static_cast<int>(dimensions), radius, scale,
-                           static_cast<correlation::Element>(element), static_cast<int>(processors));
+  return correlation::describe(batch, units, channels, sizes, static_cast<int>(dimensions), radius, scale,
+                               static_cast<correlation::Element>(element));
 }
 
 }  // namespace
@@ -23,11 +22,10 @@ extern "C" {
 const char* local_correlation(const void* query, const void* key, float* displacement, float* log_sum_exp, float* mean,
                               int64_t batch, int64_t units, int64_t channels, int64_t dimensions, int64_t size_0,
                               int64_t size_1, int64_t size_2, int64_t radius, int64_t element, int64_t processors,
-                              float scale) {
+                              double scale) {
   return emulation::report([=] {
-    const auto problem = plan(batch, units, channels, dimensions, size_0, size_1, size_2, radius, element, processors,
-                              scale);
-    correlation::forward(emulation::Launch(), problem, query, key, displacement, log_sum_exp, mean);
+    const auto problem = describe(batch, units, channels, dimensions, size_0, size_1, size_2, radius, element, scale);
+    correlation::forward(emulation::Launch(), problem, int(processors), query, key, displacement, log_sum_exp, mean);
   });
 }
 
@@ -35,11 +33,10 @@ const char* local_correlation_backward(const float* grad_displacement, const voi
                                        const float* log_sum_exp, const float* mean, void* grad_query, void* grad_key,
                                        int64_t batch, int64_t units, int64_t channels, int64_t dimensions,
                                        int64_t size_0, int64_t size_1, int64_t size_2, int64_t radius, int64_t element,
-                                       int64_t processors, float scale) {
+                                       int64_t processors, double scale) {
   return emulation::report([=] {
-    const auto problem = plan(batch, units, channels, dimensions, size_0, size_1, size_2, radius, element, processors,
-                              scale);
-    correlation::backward(emulation::Launch(), problem, {grad_displacement, log_sum_exp, mean}, query, key, grad_query,
+    const auto problem = describe(batch, units, channels, dimensions, size_0, size_1, size_2, radius, element, scale);
+    correlation::backward(emulation::Launch(), problem, int(processors), {grad_displacement, log_sum_exp, mean}, query, key, grad_query,
                           grad_key);
   });
 }
