@@ -124,7 +124,8 @@ void backward(const Launch& launch, const Problem& whole, int processors, const 
     return;
   }
   const dim3 grid = blocks_for(p.blocks), block(p.tile_width * p.tile_height);
-  const size_t key_bytes = 2 * sizeof(float) * kChannels * p.plane_points;
+  const size_t pull_bytes = 2 * (2 * p.radius + 1) * sizeof(float4) * block.x;
+  const size_t key_bytes = 2 * sizeof(float) * kChannels * p.plane_points + pull_bytes;
   const size_t query_bytes = 2 * (sizeof(float) * kQueryFloats * p.plane_points + 15) / 16 * 16;
   with_radius(p, [&](auto radius, auto is_volume) {
     if (grad_query)

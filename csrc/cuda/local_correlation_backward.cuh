@@ -48,12 +48,18 @@ __global__ void __launch_bounds__(kBackwardThreads, R <= 2 ? 3 : 2)
                         void* __restrict__ grad_query) {
   constexpr int kHaloY = kVolume ? R : 0, kSlots = 2 * R + 1, kLast = 2 * R;
   float4* planes[2] = {shared_memory<float4>(), shared_memory<float4>() + 2 * p.plane_points};
+  // What each thread alone needs of its slots once a row, (x, y, z, -centre): a ring, written twice so that the slots lie
+  // at constant distances behind the newest.
+  float4* const pulls = shared_memory<float4>() + 4 * p.plane_points + threadIdx.x;
   for (int64_t number = blockIdx.x; number < p.blocks; number += gridDim.x) {
     const Tile tile(p, number);
     const Column column(p, tile, kHaloY);
     const int64_t stride = int64_t(p.height) * p.width, first = tile.problem * p.channels * p.points;
     float vector[kSlots][kChannels] = {}, sum[kSlots][kChannels] = {};
-    float start[kSlots] = {}, x[kSlots] = {}, y[kSlots] = {}, z[kSlots] = {}, centre[kSlots] = {};
+    float start[kSlots] = {};
+    int head = 0;
+#pragma unroll 1
+    for (int i = 0; i < 2 * kSlots; ++i) pulls[i * blockDim.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     load_plane<kHaloY>(p, tile, key, tile.begin - R, planes[0]);
     __syncthreads();
 #pragma unroll 1
@@ -62,13 +68,17 @@ __global__ void __launch_bounds__(kBackwardThreads, R <= 2 ? 3 : 2)
       for (int i = kSlots - 1; i > 0; --i) {
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) vector[i][c] = vector[i - 1][c], sum[i][c] = sum[i - 1][c];
-        start[i] = start[i - 1], x[i] = x[i - 1], y[i] = y[i - 1], z[i] = z[i - 1], centre[i] = centre[i - 1];
+        start[i] = start[i - 1];
       }
       const bool met = column.inside && plane + R < tile.end;
       const int64_t newest = (plane + R) * stride + column.offset;
       load_vector<true>(p, query, first + newest, met, vector[0]);
       const Pull pull = met ? load_pull<kVolume>(p, given, tile.problem, newest) : Pull{};
-      start[0] = pull.start, x[0] = pull.x, y[0] = pull.y, z[0] = pull.z, centre[0] = pull.centre;
+      start[0] = pull.start;
+      head = head + 1 < kSlots ? head + 1 : 0;
+      const float4* const newest_pull = pulls + (head + kSlots) * blockDim.x;
+      pulls[head * blockDim.x] = pulls[(head + kSlots) * blockDim.x] =
+          make_float4(pull.x, pull.y, pull.z, -pull.centre);
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) sum[0][c] = 0.0f;
       if (plane + 1 < tile.end + R) load_plane<kHaloY>(p, tile, key, plane + 1, planes[1]);
@@ -76,11 +86,13 @@ __global__ void __launch_bounds__(kBackwardThreads, R <= 2 ? 3 : 2)
 #pragma unroll 1
         for (int dy = -kHaloY; dy <= kHaloY; ++dy) {
           if (column.y + dy < 0 || column.y + dy >= p.height) continue;
-          float level[kSlots];
+          float x[kSlots], level[kSlots];  // level: <g, (z, y, 0) - mean>
 #pragma unroll
           for (int i = 0; i < kSlots; ++i) {
-            level[i] = fmaf(static_cast<float>(i - R), z[i], -centre[i]);
-            if (kVolume) level[i] = fmaf(static_cast<float>(dy), y[i], level[i]);
+            const float4 own = newest_pull[-i * static_cast<int>(blockDim.x)];
+            x[i] = own.x;
+            level[i] = fmaf(static_cast<float>(i - R), own.z, own.w);
+            if (kVolume) level[i] = fmaf(static_cast<float>(dy), own.y, level[i]);
           }
 #pragma unroll(R <= 2 ? kSlots : 1)
           for (int dx = -R; dx <= R; ++dx) {

@@ -102,9 +102,10 @@ __device__ inline void load_vector(const Problem& p, const void* map, int64_t at
     for (int c = 0; c < kChannels; ++c)
       values[c] = read && c < p.channels ? static_cast<float>(source[c * p.points]) : 0.0f;
   });
-  if (!kIsQuery) return;
+  if constexpr (kIsQuery) {
 #pragma unroll
-  for (int c = 0; c < kChannels; ++c) values[c] = times(values[c], p.scale_2, p.scale_2_low);
+    for (int c = 0; c < kChannels; ++c) values[c] = times(values[c], p.scale_2, p.scale_2_low);
+  }
 }
 
 __device__ inline void store_vector(const Problem& p, void* map, int64_t at, float factor,
