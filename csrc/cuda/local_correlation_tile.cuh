@@ -15,8 +15,15 @@ namespace voxtrast::correlation {
 
 enum class Element : int { kFloat32, kBfloat16, kFloat16 };
 
-constexpr int kThreads = 256;         // of a block
-constexpr int kBackwardThreads = 128;  // in the kernels whose slots fill the registers
+constexpr int kThreads = 256;  // of a block
+
+// Of a block whose slots fill the registers: several small blocks, one of which computes while another loads.
+constexpr int kFewThreads = 128;
+constexpr int forward_threads(int radius) { return radius <= 2 ? kThreads : kFewThreads; }
+
+// Blocks that a processor runs at a time, as registers allow.
+constexpr int kForwardBlocks = 2;
+constexpr int backward_blocks(int radius) { return radius == 1 ? 4 : radius == 2 ? 3 : 2; }
 constexpr int kChannels = 8;  // of a unit, at most, outside the general kernels
 // Logits may be large: where they change their base, what a float cannot hold of a factor is carried along.
 constexpr float kLog2E = 1.4426950408889634f, kLog2ELow = 1.925963e-8f;
