@@ -103,11 +103,11 @@ __device__ inline float times(float value, float factor, float factor_low) {
 template <bool kIsQuery>
 __device__ inline void load_vector(const Problem& p, const void* map, int64_t at, bool read,
                                    float (&values)[kChannels]) {
+  const int count = read ? p.channels : 0;
   with_element(p.element, [&](auto type) {
     const auto* source = static_cast<const decltype(type)*>(map) + at;
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c)
-      values[c] = read && c < p.channels ? static_cast<float>(source[c * p.points]) : 0.0f;
+    for (int c = 0; c < kChannels; ++c, source += p.points) values[c] = c < count ? static_cast<float>(*source) : 0.0f;
   });
   if constexpr (kIsQuery) {
 #pragma unroll
@@ -120,8 +120,8 @@ __device__ inline void store_vector(const Problem& p, void* map, int64_t at, flo
   with_element(p.element, [&](auto type) {
     auto* target = static_cast<decltype(type)*>(map) + at;
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c)
-      if (c < p.channels) target[c * p.points] = static_cast<decltype(type)>(factor * values[c]);
+    for (int c = 0; c < kChannels; ++c, target += p.points)
+      if (c < p.channels) *target = static_cast<decltype(type)>(factor * values[c]);
   });
 }
 

@@ -24,13 +24,9 @@ def compiled(architectures: str, target: Path, monkeypatch: pytest.MonkeyPatch) 
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert target.stat().st_size > 0
-    pattern = (
-        r"entry function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?(\d+) registers"
-    )
+    pattern = r"function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?(\d+) registers"
     found = re.findall(pattern, run.stdout + run.stderr, re.DOTALL)
-    return {
-        f"{arch} {name}": (int(registers), int(stored) + int(read)) for name, arch, stored, read, registers in found
-    }
+    return {f"{sm} {name}": (int(registers), int(stored) + int(read)) for name, sm, stored, read, registers in found}
 
 
 def check(kernels: dict[str, tuple[int, int]], architectures: str) -> None:
