@@ -6,11 +6,15 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
+
 namespace voxtrast {
 
 // What the planners of the kernels call; the tests put an emulation in its place.
 class Launch {
  public:
+  static constexpr int64_t kMostBlocks = 0x7fffffff;  // along x
+
   explicit Launch(const torch::stable::Tensor& tensor) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));

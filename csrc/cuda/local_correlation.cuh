@@ -12,7 +12,6 @@
 namespace voxtrast::correlation {
 
 constexpr int kMostRadius = 4;  // of the kernels that are compiled for one radius
-constexpr int64_t kMostBlocks = 0x7fffffff;
 
 inline bool is_general(const Problem& p) { return p.radius > kMostRadius || p.channels > kChannels; }
 
@@ -81,8 +80,18 @@ void with_radius(const Problem& p, Function function) {
   }
 }
 
-inline dim3 blocks_for(int64_t blocks) { return dim3(static_cast<unsigned>(std::min(blocks, kMostBlocks))); }
-inline dim3 blocks_for_items(int64_t items) { return blocks_for((items + kThreads - 1) / kThreads); }
+// A grid of at least so many blocks.
+template <class Launch>
+dim3 grid_of(const Launch&, int64_t blocks) {
+  const int64_t columns = std::min(blocks, Launch::kMostBlocks);
+  return dim3(static_cast<unsigned>(columns), static_cast<unsigned>((blocks + columns - 1) / columns));
+}
+
+// For kernels that walk over their items.
+template <class Launch>
+dim3 grid_of_items(const Launch&, int64_t items) {
+  return dim3(static_cast<unsigned>(std::min((items + kThreads - 1) / kThreads, Launch::kMostBlocks)));
+}
 
 // With one unit, mean is not written: the displacement is the mean.
 template <class Launch>
@@ -91,18 +100,18 @@ void forward(const Launch& launch, const Problem& given, int processors, const v
   const Problem p = cut(given, forward_threads(given.radius), kForwardBlocks, processors);
   float* const means = p.units == 1 ? displacement : mean;
   if (is_general(p)) {
-    launch(&correlate_general, blocks_for_items(p.count * p.points), dim3(kThreads), 0, p, query, key, means,
+    launch(&correlate_general, grid_of_items(launch, p.count * p.points), dim3(kThreads), 0, p, query, key, means,
            log_sum_exp);
   } else {
     const size_t bytes = 2 * sizeof(float) * kChannels * p.plane_points;
     with_radius(p, [&](auto radius, auto is_volume) {
-      launch(&correlate<radius.value, is_volume.value>, blocks_for(p.blocks), dim3(p.tile_width * p.tile_height),
+      launch(&correlate<radius.value, is_volume.value>, grid_of(launch, p.blocks), dim3(p.tile_width * p.tile_height),
              bytes, p, query, key, means, log_sum_exp);
     });
   }
   if (p.units == 1) return;
   const int64_t batch = p.count / p.units, values = p.components * p.points;
-  launch(&average_units, blocks_for_items(batch * values), dim3(kThreads), 0, mean, displacement, batch, p.units,
+  launch(&average_units, grid_of_items(launch, batch * values), dim3(kThreads), 0, mean, displacement, batch, p.units,
          values);
 }
 
@@ -113,7 +122,7 @@ void backward(const Launch& launch, const Problem& whole, int processors, const 
   const Problem p = cut(whole, kFewThreads, backward_blocks(whole.radius), processors);
   if (is_general(p)) {
     const int64_t groups = (p.channels + kChannels - 1) / kChannels;
-    const dim3 grid = blocks_for_items(groups * p.count * p.points), block(kThreads);
+    const dim3 grid = grid_of_items(launch, groups * p.count * p.points), block(kThreads);
     const bool volume = p.components == 3;
     if (grad_query)
       launch(volume ? &differentiate_general<false, true> : &differentiate_general<false, false>, grid, block, 0, p,
@@ -123,7 +132,7 @@ void backward(const Launch& launch, const Problem& whole, int processors, const 
              given, query, key, grad_key);
     return;
   }
-  const dim3 grid = blocks_for(p.blocks), block(p.tile_width * p.tile_height);
+  const dim3 grid = grid_of(launch, p.blocks), block(p.tile_width * p.tile_height);
   const size_t pull_bytes = 2 * (2 * p.radius + 1) * sizeof(float4) * block.x;
   const size_t key_bytes = 2 * sizeof(float) * kChannels * p.plane_points + pull_bytes;
   const size_t query_bytes = 2 * (sizeof(float) * kQueryFloats * p.plane_points + 15) / 16 * 16;

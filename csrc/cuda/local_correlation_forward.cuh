@@ -130,33 +130,33 @@ __global__ void __launch_bounds__(forward_threads(R), kForwardBlocks)
     correlate(Problem p, const void* __restrict__ query, const void* __restrict__ key, float* __restrict__ mean,
               float* __restrict__ log_sum_exp) {
   constexpr int kHaloY = kVolume ? R : 0, kLast = 2 * R;
-  float4* planes[2] = {shared_memory<float4>(), shared_memory<float4>() + 2 * p.plane_points};
-  for (int64_t number = blockIdx.x; number < p.blocks; number += gridDim.x) {
-    const Tile tile(p, number);
-    const Column column(p, tile, kHaloY);
-    const int64_t stride = int64_t(p.height) * p.width, first = tile.problem * p.channels * p.points + column.offset;
-    Queries<R> queries;
-    load_plane<kHaloY>(p, tile, key, tile.begin - R, planes[0]);
-    __syncthreads();
+  float4* const planes = shared_memory<float4>();  // two: one is read, one is written
+  const int plane_words = 2 * p.plane_points;
+  int reading = 0;
+  const int64_t number = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
+  if (number >= p.blocks) return;
+  const Tile tile(p, number);
+  const Column column(p, tile, kHaloY);
+  const int64_t first = tile.problem * p.channels * p.points;
+  Queries<R> queries;
+  load_plane<kHaloY>(p, tile, key, tile.begin - R, planes + reading);
+  __syncthreads();
 #pragma unroll 1
-    for (int z = tile.begin - R; z < tile.end + R; ++z) {
-      queries.advance(p, query, key, first + (z + R) * stride, column.inside && z + R < tile.end);
-      if (z + 1 < tile.end + R) load_plane<kHaloY>(p, tile, key, z + 1, planes[1]);
-      if (z >= 0 && z < p.depth) queries.template add_plane<kHaloY>(p, column, planes[0]);
-      if (column.inside && z - R >= tile.begin) {
-        const int64_t at = (z - R) * stride + column.offset;
-        const float total = queries.total[kLast];
-        float* target = mean + tile.problem * p.components * p.points + at;
-        target[0] = queries.z[kLast] / total;
-        if (kVolume) target[p.points] = queries.y[kLast] / total;
-        target[(kVolume ? 2 : 1) * p.points] = queries.x[kLast] / total;
-        log_sum_exp[tile.problem * p.points + at] = natural(queries.shift[kLast], total);
-      }
-      __syncthreads();
-      float4* const read = planes[0];
-      planes[0] = planes[1];
-      planes[1] = read;
+  for (int z = tile.begin - R; z < tile.end + R; ++z) {
+    queries.advance(p, query, key, first + column.at(p, z + R), column.inside && z + R < tile.end);
+    if (z + 1 < tile.end + R) load_plane<kHaloY>(p, tile, key, z + 1, planes + plane_words - reading);
+    if (z >= 0 && z < p.depth) queries.template add_plane<kHaloY>(p, column, planes + reading);
+    if (column.inside && z - R >= tile.begin) {
+      const int64_t at = column.at(p, z - R);
+      const float total = queries.total[kLast];
+      float* target = mean + tile.problem * p.components * p.points + at;
+      target[0] = queries.z[kLast] / total;
+      if (kVolume) target[p.points] = queries.y[kLast] / total;
+      target[(kVolume ? 2 : 1) * p.points] = queries.x[kLast] / total;
+      log_sum_exp[tile.problem * p.points + at] = natural(queries.shift[kLast], total);
     }
+    __syncthreads();
+    reading = plane_words - reading;
   }
 }
 

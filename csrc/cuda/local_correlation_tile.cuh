@@ -82,7 +82,6 @@ struct Tile {
 // The thread's column, and where its own vector lies in a plane in shared memory.
 struct Column {
   int x, y, centre;
-  int64_t offset;  // of the column's voxel at z = 0
   bool inside;
 
   __device__ Column(const Problem& p, const Tile& tile, int halo_y) {
@@ -90,9 +89,11 @@ struct Column {
     x = tile.x + column;
     y = tile.y + row;
     centre = (row + halo_y) * p.pitch + column + p.radius;
-    offset = int64_t(y) * p.width + x;
     inside = x < p.width && y < p.height;
   }
+
+  // Of the column's voxel at z in the volume.
+  __device__ int64_t at(const Problem& p, int z) const { return (int64_t(z) * p.height + y) * p.width + x; }
 };
 
 __device__ inline float times(float value, float factor, float factor_low) {

@@ -197,6 +197,8 @@ inline void check_limits(dim3 grid, dim3 block, size_t shared_bytes) {
 
 // Stands where csrc/cuda/launch.cuh has a launch on a stream.
 struct Launch {
+  static constexpr int64_t kMostBlocks = 0x7fffffff;
+
   template <class... Parameters, class... Given>
   void operator()(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Given... given) const {
     check_limits(grid, block, shared_bytes);
