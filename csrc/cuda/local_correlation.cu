@@ -29,7 +29,8 @@ Element element_of(const Tensor& query) {
 }
 
 Problem describe(const Tensor& query, const Tensor& key, int64_t radius, int64_t units, double scale) {
-  STD_TORCH_CHECK(query.dim() == 4 || query.dim() == 5, "voxtrast: query: expected 4 or 5 dimensions, got ", query.dim());
+  STD_TORCH_CHECK(query.dim() == 4 || query.dim() == 5, "voxtrast: query: expected 4 or 5 dimensions, got ",
+                  query.dim());
   STD_TORCH_CHECK(query.scalar_type() == key.scalar_type() && query.numel() == key.numel(),
                   "voxtrast: key: expected the shape and type of query");
   STD_TORCH_CHECK(radius >= 1 && units >= 1 && query.size(1) % units == 0, "voxtrast: radius or units out of range");
@@ -94,11 +95,13 @@ std::tuple<Tensor, Tensor> local_correlation_backward(const Tensor& grad_given, 
   const correlation::Gradients given = {
       float_data(grad_displacement, count / units * problem.components, "grad_displacement"),
       float_data(log_sum_exp, count, "log_sum_exp"), float_data(mean, count * problem.components, "mean")};
-  Tensor grad_query = need_query ? torch::stable::new_empty(query, query.sizes()) : torch::stable::new_empty(query, {0});
-  Tensor grad_key = need_key ? torch::stable::new_empty(key, key.sizes()) : torch::stable::new_empty(key, {0});
+  const auto new_gradient = [&](bool needed) {
+    return needed ? torch::stable::new_empty(query, query.sizes()) : torch::stable::new_empty(query, {0});
+  };
+  Tensor grad_query = new_gradient(need_query), grad_key = new_gradient(need_key);
   if (query.numel() > 0)
-    correlation::backward(Launch(query), problem, processors_of(query), given, query.const_data_ptr(), key.const_data_ptr(),
-                          need_query ? grad_query.mutable_data_ptr() : nullptr,
+    correlation::backward(Launch(query), problem, processors_of(query), given, query.const_data_ptr(),
+                          key.const_data_ptr(), need_query ? grad_query.mutable_data_ptr() : nullptr,
                           need_key ? grad_key.mutable_data_ptr() : nullptr);
   return {grad_query, grad_key};
 }

@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kFewThreads, backward_blocks(R))
   float4* const planes = shared_memory<float4>();  // two: one is read, one is written
   const int plane_words = 2 * p.plane_points;
   int reading = 0;
-  // What each thread alone needs of its slots once a row, (x, y, z, -centre): a ring, written twice so that the slots lie
-  // at constant distances behind the newest.
+  // What each thread alone needs of its slots once a row, (x, y, z, -centre): a ring, written twice so that the slots
+  // lie at constant distances behind the newest.
   float4* const pulls = shared_memory<float4>() + 4 * p.plane_points + threadIdx.x;
   const int64_t number = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
   if (number >= p.blocks) return;
@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(kFewThreads, backward_blocks(R))
 
 // A plane of queries, scaled: their vectors, then (start, -centre, -x, -y), then z. Those outside have no share.
 template <int kHaloY, bool kVolume>
-__device__ inline void load_queries(const Problem& p, const Gradients& given, const Tile& tile, const void* query, int z,
-                                    float4* plane) {
+__device__ inline void load_queries(const Problem& p, const Gradients& given, const Tile& tile, const void* query,
+                                    int z, float4* plane) {
   if (z < 0 || z >= p.depth) return;
   const int64_t first = tile.problem * p.channels * p.points;
   for_plane<kHaloY>(p, tile, z, [&](int position, int64_t offset, bool inside) {
@@ -167,7 +167,8 @@ __global__ void __launch_bounds__(kFewThreads, backward_blocks(R))
     load_vector<false>(p, key, first + column.at(p, plane + R), met, vector[0]);
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) sum[0][c] = 0.0f;
-    if (plane + 1 < tile.end + R) load_queries<kHaloY, kVolume>(p, given, tile, query, plane + 1, planes + plane_words - reading);
+    if (plane + 1 < tile.end + R)
+      load_queries<kHaloY, kVolume>(p, given, tile, query, plane + 1, planes + plane_words - reading);
     if (plane >= 0 && plane < p.depth) {
 #pragma unroll 1
       for (int dy = -kHaloY; dy <= kHaloY; ++dy) {

@@ -1,4 +1,5 @@
-// The forward kernel of local_correlation for units of at most 8 channels. What is computed: kernels/local_correlation.py.
+// The forward kernel of local_correlation for units of at most 8 channels. What is computed:
+// kernels/local_correlation.py.
 #pragma once
 
 #include "local_correlation_tile.cuh"
@@ -7,8 +8,8 @@
 namespace voxtrast::correlation {
 
 // The queries of a thread's column that see the plane at hand, and their sums over the window so far. Weights are
-// 2^(logit - shift). Where the logit of offset 0 is small, the shift is 0; else it is that logit, as a whole number: the
-// weights need no maximum, their sum is at least 2^-60, and the difference is exact for those that matter.
+// 2^(logit - shift). Where the logit of offset 0 is small, the shift is 0; else it is that logit, as a whole number:
+// the weights need no maximum, their sum is at least 2^-60, and the difference is exact for those that matter.
 template <int R>
 struct Queries {
   static constexpr int kSlots = 2 * R + 1;
