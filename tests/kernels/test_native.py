@@ -1,9 +1,8 @@
-"""The compiled libraries: what happens without them, and that the CUDA one can be built."""
+"""The compiled libraries: what happens without them, and where the CUDA one cannot be built."""
 
 import ast
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 import warnings
@@ -116,18 +115,6 @@ def builder() -> dict:
     if not (ROOT / "setup.py").exists():
         pytest.skip("needs the source tree: setup.py is not here")
     return runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, the CUDA compiler (no GPU)")
-def test_cuda_sources_compile_without_spills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VOXTRAST_CUDA_ARCHITECTURES", "90")
-    command = builder()["cuda_command"]("nvcc", tmp_path / "_C_cuda.so")
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    reports = [line for line in (run.stdout + run.stderr).splitlines() if "spill stores" in line]
-    assert reports
-    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in reports), reports
-    assert (tmp_path / "_C_cuda.so").stat().st_size > 0
 
 
 def test_a_failing_nvcc_is_a_warning_unless_cuda_is_demanded(tmp_path: Path, monkeypatch, capfd) -> None:
