@@ -1,0 +1,59 @@
+// The transpose of the interpolation by float atomics: the sums depend on the order in which threads arrive.
+#pragma once
+
+#include "warp.cuh"
+
+namespace voxtrast {
+
+// Gradient of the warped image where it was stored.
+template <typename S>
+struct StoredGradient {
+  const S* gradient;  // (B, C, points)
+
+  __device__ void prepare(int64_t, uint32_t, int64_t) {}
+
+  template <int D>
+  __device__ float operator()(const Corners<D>&, int64_t element, int64_t) const {
+    return to_float(gradient[element]);
+  }
+};
+
+template <typename Source, int D>
+struct Scattering {
+  Volume<D> volume;
+  Tiles tiles;
+  int32_t channels;
+  Source source;
+  const float* displacement;  // (B, D, points)
+  const float* mask;          // (B, points) or null
+  float* result;              // (B, C, points), zeros on entry
+};
+
+template <typename Source, int D>
+__global__ void __launch_bounds__(kThreads) scatter(Scattering<Source, D> in) {
+  const auto place = in.tiles.place(blockIdx.x);
+  const int64_t point = int64_t(place.tile) * kThreads + threadIdx.x;
+  const int64_t points = in.volume.points;
+  if (point >= points) return;
+  if (in.mask != nullptr && in.mask[place.item * points + point] == 0.0f) return;
+  const Cell<D> cell(in.volume, static_cast<uint32_t>(point), in.displacement + place.item * D * points + point);
+  const Corners<D> corners(cell);
+  Source source = in.source;
+  source.prepare(place.item, static_cast<uint32_t>(point), points);
+  for (int32_t c = 0; c < in.channels; ++c) {
+    const int64_t plane = (place.item * in.channels + c) * points;
+    const float gradient = source(corners, plane + point, plane);
+#pragma unroll
+    for (int corner = 0; corner < Corners<D>::kCorners; ++corner)
+      if (corners.weight[corner] != 0.0f)
+        atomicAdd(in.result + plane + corners.offset[corner], corners.weight[corner] * gradient);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) convert(const float* sums, T* result, int64_t count) {
+  const int64_t step = int64_t(gridDim.x) * kThreads;
+  for (int64_t n = int64_t(blockIdx.x) * kThreads + threadIdx.x; n < count; n += step) result[n] = from_float<T>(sums[n]);
+}
+
+}  // namespace voxtrast
