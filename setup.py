@@ -50,7 +50,7 @@ def cpu_extension() -> Any:
     return CppExtension(
         "voxtrast.kernels._C",
         sources("cpu/*.cpp"),
-        depends=sources("**/*.h", "**/*.inl", "cuda/*.cu"),
+        depends=sources("**/*.h", "**/*.inl", "cuda/*.cu", "cuda/*.cuh"),
         include_dirs=[str(ROOT / "csrc")],
         # Nobody reads floating-point flags or errno: without them selections become vector code, with the same values.
         extra_compile_args=["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno",
