@@ -4,7 +4,7 @@
 // The order within a list is that of the threads' arrival, so whoever sums over one must not depend on it.
 #pragma once
 
-#include "warp.cuh"
+#include "zeros.cuh"
 
 namespace voxtrast {
 
@@ -46,20 +46,6 @@ CellLists<D> lists_in(const Volume<D>& volume, int64_t batch, uint32_t* words) {
           words + batch * slots, words + batch * (slots + volume.points)};
 }
 
-// How many blocks write zeros: their threads go on in steps of the grid.
-constexpr int64_t kBlocksOfZeros = 4096;
-
-__global__ void __launch_bounds__(kThreads) inline write_zeros(uint32_t* words, int64_t count) {
-  const int64_t step = int64_t(gridDim.x) * kThreads;
-  for (int64_t n = int64_t(blockIdx.x) * kThreads + threadIdx.x; n < count; n += step) words[n] = 0;
-}
-
-template <typename Launch>
-void run_write_zeros(uint32_t* words, int64_t count, const Launch& launch) {
-  const int64_t blocks = std::min(divide_up(count, kThreads), kBlocksOfZeros);
-  launch(dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, write_zeros, words, count);
-}
-
 // First counts the points of each cell (Fill false), then puts them into their lists from the end on (Fill true).
 template <int D, bool Fill>
 __global__ void __launch_bounds__(kThreads)
@@ -82,13 +68,17 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+struct Placing {
+  uint32_t sums[kThreads];
+  uint32_t begin;
+};
+
 // Replaces the counts of a group of cells by the ends of their lists. Which part of the memory a group gets depends on
 // its arrival.
 template <int D>
 __global__ void __launch_bounds__(kThreads) place_lists(CellLists<D> lists) {
   constexpr int kShare = kGroupOfCells / kThreads;
-  __shared__ uint32_t sums[kThreads];
-  __shared__ uint32_t begin;
+  auto& [sums, begin] = *shared_memory<Placing>();
   const int64_t item = blockIdx.x / lists.groups;
   const int64_t first = item * lists.slots_of_item + int64_t(blockIdx.x % lists.groups) * (kGroupOfCells + 1);
   uint32_t* slots = lists.slots + first + threadIdx.x * kShare;
@@ -119,9 +109,9 @@ void run_sort_points(const CellLists<D>& lists, int64_t batch, const float* disp
   const dim3 blocks = blocks_of(grid, batch);
   run_write_zeros(lists.slots, words_of_lists(lists.volume, batch) - batch * int64_t(lists.volume.points + 1), launch);
   run_write_zeros(lists.used, batch, launch);
-  launch(blocks, dim3(kThreads), 0, visit_cells<D, false>, lists, grid, displacement, mask);
-  launch(dim3(static_cast<unsigned>(batch * lists.groups)), dim3(kThreads), 0, place_lists<D>, lists);
-  launch(blocks, dim3(kThreads), 0, visit_cells<D, true>, lists, grid, displacement, mask);
+  launch(&visit_cells<D, false>, blocks, dim3(kThreads), 0, lists, grid, displacement, mask);
+  launch(&place_lists<D>, dim3(static_cast<unsigned>(batch * lists.groups)), dim3(kThreads), sizeof(Placing), lists);
+  launch(&visit_cells<D, true>, blocks, dim3(kThreads), 0, lists, grid, displacement, mask);
 }
 
 }  // namespace voxtrast

@@ -125,61 +125,65 @@ struct Sums {
   }
 };
 
+struct GatheredTogether {
+  unsigned long long total[kChannelsOfGather];
+  uint32_t largest[kChannelsOfGather];  // bits of a float that is not negative: ordered as the floats are
+  uint32_t marks;
+  bool any_long;
+  bool is_long[kGatherThreads];
+};
+
 // Whole blocks sum the voxels of their tile that have long lists, one after the other.
 template <typename S, typename T, int D>
 __device__ void gather_together(const Gathering<S, T, D>& in, const Sums<S>& empty, int64_t item, uint32_t voxel,
                                 const float* displacement, const uint32_t* listed, T* result) {
-  __shared__ uint32_t largest[kChannelsOfGather];  // bits of a float that is not negative: ordered as the floats are
-  __shared__ unsigned long long total[kChannelsOfGather];
-  __shared__ uint32_t marks;
+  auto& shared = *shared_memory<GatheredTogether>();
   Sums<S> sums = empty;
   const Surroundings<D> around(in.lists, item, voxel);
-  if (threadIdx.x < kChannelsOfGather) largest[threadIdx.x] = 0, total[threadIdx.x] = 0;
-  if (threadIdx.x == 0) marks = 0;
+  if (threadIdx.x < kChannelsOfGather) shared.largest[threadIdx.x] = 0, shared.total[threadIdx.x] = 0;
+  if (threadIdx.x == 0) shared.marks = 0;
   __syncthreads();
   around.visit(in.lists, displacement, listed, threadIdx.x, kGatherThreads,
                [&](uint32_t point, float weight) { sums.measure(point, weight); });
-  for (int c = 0; c < sums.count; ++c) atomicMax(&largest[c], __builtin_bit_cast(uint32_t, sums.largest[c]));
-  atomicOr(&marks, sums.marks);
+  for (int c = 0; c < sums.count; ++c) atomicMax(&shared.largest[c], __builtin_bit_cast(uint32_t, sums.largest[c]));
+  atomicOr(&shared.marks, sums.marks);
   __syncthreads();
   int exponent[kChannelsOfGather];
 #pragma unroll
   for (int c = 0; c < kChannelsOfGather; ++c)
-    exponent[c] = exponent_of_unit(__builtin_bit_cast(float, largest[c]), around.count);
+    exponent[c] = exponent_of_unit(__builtin_bit_cast(float, shared.largest[c]), around.count);
   around.visit(in.lists, displacement, listed, threadIdx.x, kGatherThreads,
                [&](uint32_t point, float weight) { sums.add(point, weight, exponent); });
-  for (int c = 0; c < sums.count; ++c) atomicAdd(&total[c], static_cast<unsigned long long>(sums.total[c]));
+  for (int c = 0; c < sums.count; ++c) atomicAdd(&shared.total[c], static_cast<unsigned long long>(sums.total[c]));
   __syncthreads();
 #pragma unroll
   for (int c = 0; c < kChannelsOfGather; ++c)
     if (c < sums.count && threadIdx.x == c)
       result[c * sums.points + voxel] =
-          from_float<T>(value_of_sum(static_cast<long long>(total[c]), exponent[c], marks >> 2 * c & 3));
+          from_float<T>(value_of_sum(static_cast<long long>(shared.total[c]), exponent[c], shared.marks >> 2 * c & 3));
   __syncthreads();
 }
 
 template <typename S, typename T, int D>
 __global__ void __launch_bounds__(kGatherThreads) gather(Gathering<S, T, D> in) {
-  __shared__ bool is_long[kGatherThreads];
-  __shared__ int any_long;
+  auto& shared = *shared_memory<GatheredTogether>();
   const auto place = in.tiles.place(blockIdx.x);
   const int64_t points = in.lists.volume.points;
   const int64_t voxel = int64_t(place.tile) * kGatherThreads + threadIdx.x;
-  const int32_t first = place.part * kChannelsOfGather;
+  const int32_t first = place.part * kChannelsOfGather, rest = in.channels - first;
   const float* displacement = in.displacement + place.item * D * points;
   const uint32_t* listed = in.lists.points + place.item * points;
   T* result = in.result + (place.item * in.channels_of_result + first) * points;
   Sums<S> sums{in.gradient + (place.item * in.channels + first) * points, points,
-               min(in.channels - first, kChannelsOfGather)};
+               rest < kChannelsOfGather ? rest : kChannelsOfGather};
   const Sums<S> empty = sums;
-  if (threadIdx.x == 0) any_long = 0;
+  shared.is_long[threadIdx.x] = false;
+  if (threadIdx.x == 0) shared.any_long = false;
   __syncthreads();
-  is_long[threadIdx.x] = false;
   if (voxel < points) {
     const Surroundings<D> around(in.lists, place.item, static_cast<uint32_t>(voxel));
     if (around.count > kLongestAlone) {
-      is_long[threadIdx.x] = true;
-      any_long = 1;
+      shared.is_long[threadIdx.x] = shared.any_long = true;
     } else {
       around.visit(in.lists, displacement, listed, 0, 1,
                    [&](uint32_t point, float weight) { sums.measure(point, weight); });
@@ -196,9 +200,9 @@ __global__ void __launch_bounds__(kGatherThreads) gather(Gathering<S, T, D> in) 
     }
   }
   __syncthreads();
-  if (any_long == 0) return;
+  if (!shared.any_long) return;
   for (int thread = 0; thread < kGatherThreads; ++thread)
-    if (is_long[thread])
+    if (shared.is_long[thread])
       gather_together(in, empty, place.item, place.tile * kGatherThreads + thread, displacement, listed, result);
 }
 
@@ -208,7 +212,7 @@ void run_gather(const CellLists<D>& lists, int64_t batch, int64_t channels, int6
                 const S* gradient, const float* displacement, T* result, const Launch& launch) {
   const Tiles grid = tiles_of(lists.volume.points, divide_up(channels, kChannelsOfGather), kGatherThreads);
   const Gathering<S, T, D> in{lists, grid, int32_t(channels), channels_of_result, gradient, displacement, result};
-  launch(blocks_of(grid, batch), dim3(kGatherThreads), 0, gather<S, T, D>, in);
+  launch(&gather<S, T, D>, blocks_of(grid, batch), dim3(kGatherThreads), sizeof(GatheredTogether), in);
 }
 
 }  // namespace voxtrast

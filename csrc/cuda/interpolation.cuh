@@ -12,8 +12,8 @@ namespace voxtrast {
 
 // Longest axis; sums of a coordinate and a displacement below it fit int32.
 constexpr int64_t kMaximumSize = int64_t(1) << 30;
-// Voxels of a volume, and cells between them, are numbered in 32 bits.
-constexpr int64_t kMaximumPoints = (int64_t(1) << 32) - 1;
+// Voxels of a volume, and the cells around them, are numbered in 32 bits, with some to spare for ends of lists.
+constexpr int64_t kMaximumCells = (int64_t(1) << 32) - (int64_t(1) << 23);
 
 // The voxels of one volume, as seen by one channel.
 template <int D>

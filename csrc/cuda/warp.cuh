@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "interpolation.cuh"
+#include "shared_memory.cuh"
 
 namespace voxtrast {
 
@@ -43,14 +44,14 @@ __global__ void __launch_bounds__(kThreads) sample(Sampling<T, D> in) {
   const Cell<D> cell(in.volume, static_cast<uint32_t>(point), shift);
   const Corners<D> corners(cell);
   const int32_t first = place.part * in.channels_of_part;
-  const int32_t last = min(first + in.channels_of_part, in.channels);
+  const int32_t rest = in.channels - first, count = rest < in.channels_of_part ? rest : in.channels_of_part;
   const int64_t start = (place.item * in.channels + first) * points;
   const T* plane = in.image + start;
   T* target = in.output + start + point;
-#pragma unroll 4
-  for (int32_t c = first; c < last; ++c, plane += points, target += points) {
+#pragma unroll 2
+  for (int32_t c = 0; c < count; ++c, plane += points, target += points) {
     float value = corners.interpolate(plane);
-    if constexpr (AddDisplacement) value += shift[c * points];
+    if constexpr (AddDisplacement) value += shift[(first + c) * points];
     *target = from_float<T>(value);
   }
 }
@@ -64,7 +65,7 @@ void run_sample(const Volume<D>& volume, int64_t batch, int64_t channels, const 
   const int64_t channels_of_part = divide_up(channels, wanted);
   const Tiles grid = tiles_of(volume.points, divide_up(channels, channels_of_part));
   const Sampling<T, D> in{volume, grid, int32_t(channels), int32_t(channels_of_part), image, displacement, output};
-  launch(blocks_of(grid, batch), dim3(kThreads), 0, sample<T, D, AddDisplacement>, in);
+  launch(&sample<T, D, AddDisplacement>, blocks_of(grid, batch), dim3(kThreads), 0, in);
 }
 
 template <typename T, int D>
@@ -106,7 +107,7 @@ void run_differentiate_displacement(const Volume<D>& volume, int64_t batch, int6
                                     const Launch& launch) {
   const Tiles grid = tiles_of(volume.points, 1);
   const Differentiation<T, D> in{volume, grid, int32_t(channels), gradient, image, displacement, grad_displacement};
-  launch(blocks_of(grid, batch), dim3(kThreads), 0, differentiate_displacement<T, D>, in);
+  launch(&differentiate_displacement<T, D>, blocks_of(grid, batch), dim3(kThreads), 0, in);
 }
 
 }  // namespace voxtrast
