@@ -1,5 +1,6 @@
 """The operators of the warp family by the emulated kernels: what csrc/cuda/*.cu does, on guarded copies of the tensors."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,6 @@ OPERATORS = (
     "warped_cosine_loss",
     "warped_cosine_loss_backward",
 )
-NOTHING = torch.empty(0)
 
 
 @contextmanager
@@ -24,10 +24,14 @@ def in_place_of_the_cpu(run: Emulated) -> Iterator[None]:
     """The public functions run the emulated kernels on tensors of the CPU."""
     library = torch.library.Library("voxtrast", "IMPL")
     operators = WarpFamily(run)
-    for name in OPERATORS:
-        library.impl(name, getattr(operators, name), "CPU", allow_override=True)
-    yield
-    library._destroy()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")
+        for name in OPERATORS:
+            library.impl(name, getattr(operators, name), "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 class WarpFamily:
