@@ -11,6 +11,9 @@ namespace voxtrast {
 // Cells whose lists lie side by side. One more slot after each such group says where its last list ends.
 constexpr uint32_t kGroupOfCells = 1024;
 
+// Where the list of a cell begins.
+__device__ inline uint32_t slot_of_cell(uint32_t cell) { return cell + cell / kGroupOfCells; }
+
 // The lists of one volume: list i is points[slots[i]] .. points[slots[i + 1]]. A cell has one voxel at each corner,
 // also outside the volume, so that there is one cell more than voxels along every axis.
 template <int D>
@@ -22,12 +25,12 @@ struct CellLists {
   uint32_t* points;       // (B, volume.points)
   uint32_t* used;         // (B,), points in all lists
 
-  // Where the list of a cell begins; lowest: the coordinates of the cell's lowest corner, -1 at least.
+  // lowest: the coordinates of the cell's lowest corner, -1 at least
   __device__ uint32_t slot(const int32_t* lowest) const {
     uint32_t cell = 0;
 #pragma unroll
     for (int axis = 0; axis < D; ++axis) cell = cell * (volume.size[axis] + 1) + (lowest[axis] + 1);
-    return cell + cell / kGroupOfCells;
+    return slot_of_cell(cell);
   }
 };
 

@@ -25,4 +25,10 @@ __host__ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) 
   return __float2bfloat16_rn(value);
 }
 
+// Of memory that the kernel does not write: such loads may be moved before stores.
+template <typename T>
+__device__ inline float load(const T* element) {
+  return to_float(__ldg(element));
+}
+
 }  // namespace voxtrast

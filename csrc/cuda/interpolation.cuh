@@ -100,7 +100,7 @@ struct Cell {
     return product;
   }
 
-  // Bits of the corners that the gradient of the displacement depends on.
+  // Bits of the corners that the gradient of the displacement depends on. `differentiate` looks at no other.
   __device__ unsigned sloping() const {
     unsigned bits = 0;
 #pragma unroll
@@ -132,28 +132,43 @@ struct Corners {
   static constexpr int kCorners = 1 << D;
 
   float weight[kCorners];
-  uint32_t offset[kCorners];
-  float start;  // neutral element of the sum: -0, which keeps the sign of a zero; +0 outside the volume
+  uint32_t offset[kCorners];  // 0 where the value has no part: loads without conditions are under way together
+  float start;                // neutral element of the sum: -0, which keeps the sign of a zero; +0 outside the volume
 
-  __device__ explicit Corners(const Cell<D>& cell) {
+  // more: bits of corners that are wanted though they may have no weight
+  __device__ explicit Corners(const Cell<D>& cell, unsigned more = 0) {
     bool any = false;
 #pragma unroll
     for (int corner = 0; corner < kCorners; ++corner) {
       weight[corner] = cell.weight(corner);
-      offset[corner] = cell.offset(corner);
+      offset[corner] = weight[corner] != 0.0f || more >> corner & 1 ? cell.offset(corner) : 0;
       any |= weight[corner] != 0.0f;
     }
     start = any ? -0.0f : 0.0f;
   }
 
-  // Value of one channel. A corner without weight is not read: it may hold an infinity.
+  // Values of one channel at the corners.
   template <typename T>
-  __device__ float interpolate(const T* __restrict__ plane) const {
-    float sum = start;
+  __device__ void read(const T* plane, float* value) const {
+#pragma unroll
+    for (int corner = 0; corner < kCorners; ++corner) value[corner] = load(plane + offset[corner]);
+  }
+
+  // A corner without weight has no part: it may hold an infinity.
+  __device__ float sum(const float* value) const {
+    float total = start;
 #pragma unroll
     for (int corner = 0; corner < kCorners; ++corner)
-      if (weight[corner] != 0.0f) sum += weight[corner] * to_float(plane[offset[corner]]);
-    return sum;
+      if (weight[corner] != 0.0f) total += weight[corner] * value[corner];
+    return total;
+  }
+
+  // Value of one channel at the displaced point.
+  template <typename T>
+  __device__ float interpolate(const T* plane) const {
+    float value[kCorners];
+    read(plane, value);
+    return sum(value);
   }
 };
 

@@ -16,7 +16,7 @@ struct StoredGradient {
 
   template <int D>
   __device__ float operator()(const Corners<D>&, int64_t element, int64_t) const {
-    return to_float(gradient[element]);
+    return load(gradient + element);
   }
 };
 

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) sample(Sampling<T, D> in) {
   const int64_t start = (place.item * in.channels + first) * points;
   const T* plane = in.image + start;
   T* target = in.output + start + point;
-#pragma unroll 2
+#pragma unroll(D == 2 ? 4 : 2)
   for (int32_t c = 0; c < count; ++c, plane += points, target += points) {
     float value = corners.interpolate(plane);
     if constexpr (AddDisplacement) value += shift[(first + c) * points];
@@ -80,23 +80,23 @@ struct Differentiation {
 };
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads) differentiate_displacement(Differentiation<T, D> in) {
+__global__ void __launch_bounds__(kThreads, 3) differentiate_displacement(Differentiation<T, D> in) {
   const auto place = in.tiles.place(blockIdx.x);
   const int64_t point = int64_t(place.tile) * kThreads + threadIdx.x;
   if (point >= in.volume.points) return;
   const int64_t points = in.volume.points;
   const int64_t field = place.item * D * points + point;
   const Cell<D> cell(in.volume, static_cast<uint32_t>(point), in.displacement + field);
-  const unsigned sloping = cell.sloping();
+  const Corners<D> corners(cell, cell.sloping());
   float product[Cell<D>::kCorners] = {};
   const T* plane = in.image + place.item * in.channels * points;
   const T* gradient = in.gradient + place.item * in.channels * points + point;
 #pragma unroll 2
   for (int32_t c = 0; c < in.channels; ++c, plane += points, gradient += points) {
-    const float slope = to_float(*gradient);
+    const float slope = load(gradient);
 #pragma unroll
     for (int corner = 0; corner < Cell<D>::kCorners; ++corner)
-      if (sloping >> corner & 1) product[corner] += slope * to_float(plane[cell.offset(corner)]);
+      product[corner] += slope * load(plane + corners.offset[corner]);
   }
   cell.differentiate(product, points, in.grad_displacement + field);
 }

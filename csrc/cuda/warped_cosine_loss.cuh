@@ -39,9 +39,9 @@ struct Products {
     const int64_t points = in.volume.points;
     const T* here = in.fixed + in.plane(item, 0) + point;
     const T* there = in.moving + in.plane(item, 0);
-#pragma unroll 4
+#pragma unroll 2
     for (int32_t c = 0; c < in.channels; ++c, here += points, there += points) {
-      const float value = to_float(*here), other = corners.interpolate(there);
+      const float value = load(here), other = corners.interpolate(there);
       dot += value * other;
       fixed += value * value;
       warped += other * other;
@@ -56,7 +56,7 @@ struct Products {
 };
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads) sum_cosines(Maps<T, D> in, Partial* partials) {
+__global__ void __launch_bounds__(kThreads, 4) sum_cosines(Maps<T, D> in, Partial* partials) {
   reduce_points(in.batch, in.volume.points, partials, [&](int64_t item, int64_t point, Partial& partial) {
     const float weight = in.mask[item * in.volume.points + point];
     if (weight == 0.0f) return;
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const float weight = in.mask[place.item * points + point];
   if (weight == 0.0f) return write_zeros_at(in, to, place.item, point);
   const Cell<D> cell = in.cell(place.item, static_cast<uint32_t>(point));
-  const Corners<D> corners(cell);
+  const Corners<D> corners(cell, to.displacement == nullptr ? 0 : cell.sloping());
   const Products products(in, corners, place.item, static_cast<uint32_t>(point));
   const float total = *to.mask_sum, norms = products.norms();
   const float factor = total == 0.0f ? 0.0f : -*to.grad_loss / total * weight;
@@ -119,25 +119,18 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (to.slopes != nullptr) to.slopes[place.item * points + point] = make_float2(along, radial_warped);
   if (to.fixed == nullptr && to.displacement == nullptr) return;
 
-  const unsigned sloping = to.displacement == nullptr ? 0 : cell.sloping();
   float product[Cell<D>::kCorners] = {};
   const int64_t start = in.plane(place.item, 0);
   const T *here = in.fixed + start + point, *there = in.moving + start;
   T* gradient = to.fixed + (to.fixed == nullptr ? 0 : start + point);
   for (int32_t c = 0; c < in.channels; ++c, here += points, there += points) {
-    float value[Cell<D>::kCorners], warped = corners.start;
-#pragma unroll
-    for (int corner = 0; corner < Cell<D>::kCorners; ++corner) {
-      const bool weighed = corners.weight[corner] != 0.0f;
-      const bool read = weighed || sloping >> corner & 1;
-      value[corner] = read ? to_float(there[corners.offset[corner]]) : 0.0f;
-      if (weighed) warped += corners.weight[corner] * value[corner];
-    }
-    const float fixed = to_float(*here);
+    float value[Cell<D>::kCorners];
+    corners.read(there, value);
+    const float warped = corners.sum(value), fixed = load(here);
     const float slope = along * fixed - radial_warped * warped;
 #pragma unroll
     for (int corner = 0; corner < Cell<D>::kCorners; ++corner)
-      if (sloping >> corner & 1) product[corner] += slope * value[corner];
+      product[corner] += slope * value[corner];
     if (to.fixed != nullptr) {
       *gradient = from_float<T>(along * warped - radial_fixed * fixed);
       gradient += points;
@@ -165,7 +158,7 @@ struct CosineSlopes {
 
   template <int D>
   __device__ float operator()(const Corners<D>& corners, int64_t element, int64_t plane) const {
-    return slope.x * to_float(fixed[element]) - slope.y * corners.interpolate(moving + plane);
+    return slope.x * load(fixed + element) - slope.y * corners.interpolate(moving + plane);
   }
 };
 
@@ -179,6 +172,7 @@ __global__ void __launch_bounds__(kThreads)
   if (point >= points || in.mask[place.item * points + point] == 0.0f) return;
   const Corners<D> corners(in.cell(place.item, static_cast<uint32_t>(point)));
   source.prepare(place.item, static_cast<uint32_t>(point), points);
+#pragma unroll 2
   for (int32_t c = 0; c < count; ++c) {
     const int64_t plane = in.plane(place.item, first + c);
     result[(place.item * count + c) * points + point] = source(corners, plane + point, plane);
