@@ -133,9 +133,7 @@ def _backward(ctx: Any, grad_loss: Tensor, grad_mask_sum: Tensor) -> tuple[Tenso
     needed = ctx.needs_input_grad[:3]
     if needs_reference("warped_cosine_loss_backward", grad_loss.device):
         return (*gradients_by_reference(warped_cosine_loss_reference, inputs, (*needed, False), grad_loss), None)
-    gradients = torch.ops.voxtrast.warped_cosine_loss_backward(
-        grad_loss, *inputs, mask_sum, *needed, ctx.deterministic
-    )
+    gradients = torch.ops.voxtrast.warped_cosine_loss_backward(grad_loss, *inputs, mask_sum, *needed, ctx.deterministic)
     return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), None, None)
 
 

@@ -39,6 +39,7 @@ EVERY_TYPE = pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
 
 @pytest.fixture(autouse=True)
 def _emulated(emulate) -> Iterator[None]:
+    torch.set_num_threads(1)  # as the emulation; the fixture of all kernels' tests sets it back
     with in_place_of_the_cpu(emulate("warp_family")):
         yield
 

@@ -1,4 +1,4 @@
-"""The operators of the warp family by the emulated kernels: what csrc/cuda/*.cu does, on guarded copies of the tensors."""
+"""The operators of the warp family by the emulated kernels: as csrc/cuda/*.cu, on guarded copies of the tensors."""
 
 import warnings
 from collections.abc import Iterator
@@ -111,9 +111,7 @@ class WarpFamily:
         ]
         slopes, stored = self.run.empty(2 * mask.numel() if need_moving else 0), self.run.empty(*fixed.shape)
         scratch = slopes, self.words(fixed), stored, self.run.empty(*fixed.shape)
-        self.run(
-            "warped_cosine_loss_backward", *tensors, *found, *scratch, *self.shape(fixed), int(deterministic)
-        )
+        self.run("warped_cosine_loss_backward", *tensors, *found, *scratch, *self.shape(fixed), int(deterministic))
         return tuple(tensor.clone() for tensor in found)
 
     def copy(self, tensor: Tensor) -> Tensor:
