@@ -21,10 +21,9 @@ __device__ inline int bits_of(uint32_t count) {
 }
 
 // (value + shift) - shift is value rounded to a multiple of the unit, for every value up to `largest`; sums of 2^bits of
-// them stay below 2^53 units. No shift where `largest` is infinite: the sum is not finite then, in any order.
+// them stay below 2^53 units. Infinities and NaN stay what they are, and reach the sum in any order.
 __device__ inline double shift_of(float largest, int bits) {
   const uint32_t exponent = __builtin_bit_cast(uint32_t, largest) >> 23;  // largest < 2^(exponent - 126)
-  if (exponent == 255) return 0.0;
   return __builtin_bit_cast(double, (static_cast<uint64_t>(exponent) - 126 + bits + 1023) << 52) * 1.5;
 }
 
