@@ -76,24 +76,29 @@ struct Surroundings {
     return total;
   }
 
-  // Calls work(point, weight) for each point that weighs the voxel: every `lanes`-th, from `lane` on.
+  // Calls work(point, weight) for each point that weighs the voxel: every `lanes`-th, from `lane` on. One loop over all
+  // lists: threads with a short list go on to the next while their neighbours are in a long one.
   template <typename Work>
   __device__ void visit(uint32_t lane, uint32_t lanes, const Work& work) const {
-#pragma unroll 1  // one copy of the work
-    for (int corner = 0; corner < 1 << D; ++corner) {
-      const uint32_t* place = slot(corner);
-      const uint32_t end = place[1];
-      for (uint32_t n = place[0] + lane; n < end; n += lanes) {
-        const uint32_t point = listed[n];
-        float weight = 1.0f;
-#pragma unroll
-        for (int axis = 0; axis < D; ++axis) {
-          const float shift = load(displacement[axis] + point);
-          const float fraction = shift - floorf(shift);
-          weight *= side_of<D>(corner, axis) ? fraction : 1.0f - fraction;
-        }
-        if (weight != 0.0f) work(point, weight);
+    int corner = -1;
+    uint32_t next = 0, end = 0;
+    while (true) {
+      while (next >= end) {
+        if (++corner == 1 << D) return;
+        const uint32_t* place = slot(corner);
+        next = place[0] + lane;
+        end = place[1];
       }
+      const uint32_t point = listed[next];
+      next += lanes;
+      float weight = 1.0f;
+#pragma unroll
+      for (int axis = 0; axis < D; ++axis) {
+        const float shift = load(displacement[axis] + point);
+        const float fraction = shift - floorf(shift);
+        weight *= side_of<D>(corner, axis) ? fraction : 1.0f - fraction;
+      }
+      if (weight != 0.0f) work(point, weight);
     }
   }
 };
