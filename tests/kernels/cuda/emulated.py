@@ -95,4 +95,4 @@ def _argument(value: Tensor | int | float) -> ctypes._SimpleCData:
     if isinstance(value, Tensor):
         assert value.is_contiguous()
         return ctypes.c_void_p(value.data_ptr() if value.numel() else None)
-    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)

@@ -281,6 +281,9 @@ T* shared_memory() {
 }
 }  // namespace voxtrast
 
+using std::max;
+using std::min;
+
 using Place = std::source_location;
 
 inline void __syncthreads(const Place& place = Place::current()) {
@@ -309,6 +312,11 @@ Value __shfl_up_sync(uint32_t mask, Value value, unsigned delta, const Place& pl
 template <class Value>
 Value __shfl_xor_sync(uint32_t mask, Value value, int lanes, const Place& place = Place::current()) {
   return emulation::exchange(mask, value, [=](unsigned own) { return own ^ unsigned(lanes); }, place);
+}
+
+inline int __any_sync(uint32_t mask, int predicate, const Place& place = Place::current()) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) predicate |= __shfl_xor_sync(mask, predicate, lanes, place);
+  return predicate;
 }
 
 template <class Value>
