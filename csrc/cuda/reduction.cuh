@@ -35,12 +35,13 @@ __device__ inline Partial sum_of_block(Partial mine) {
 // partials (one a block): work(item, point, partial) adds one point.
 template <typename Work>
 __device__ void reduce_points(int64_t batch, int64_t points, Partial* partials, const Work& work) {
-  const int64_t tiles = (points + kThreads - 1) / kThreads;
+  const uint32_t tiles = static_cast<uint32_t>((points + kThreads - 1) / kThreads);
+  const uint32_t all = static_cast<uint32_t>(batch) * tiles;  // 2^32 of them would take terabytes
   Partial mine = {0.0, 0.0};
-  for (int64_t tile = blockIdx.x; tile < batch * tiles; tile += gridDim.x) {
-    const int64_t item = tile / tiles;
-    const int64_t point = (tile - item * tiles) * kThreads + threadIdx.x;
-    if (point < points) work(item, point, mine);
+  for (uint32_t tile = blockIdx.x; tile < all; tile += gridDim.x) {
+    const uint32_t item = tile / tiles;
+    const int64_t point = int64_t(tile - item * tiles) * kThreads + threadIdx.x;
+    if (point < points) work(int64_t(item), point, mine);
   }
   const Partial sum = sum_of_block(mine);
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;

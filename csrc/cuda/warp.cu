@@ -40,7 +40,7 @@ void differentiate_image(const Volume<D>& volume, const Tensor& gradient, const 
                        static_cast<const float*>(nullptr), mutable_data<float>(sums), mutable_data<T>(grad_image),
                        launch);
   }
-  Tensor words = scratch(gradient, words_of_lists(volume, batch), ScalarType::UInt32);
+  Tensor words = scratch(gradient, words_of_lists(volume, batch), ScalarType::Int);
   const CellLists<D> lists = lists_in(volume, batch, mutable_data<uint32_t>(words));
   run_sort_points(lists, batch, displacement, nullptr, launch);
   run_gather(lists, batch, channels, channels, data<T>(gradient), displacement, mutable_data<T>(grad_image), launch);

@@ -63,7 +63,7 @@ void differentiate_moving(const Maps<T, D>& maps, const float2* slopes, bool det
     return run_scatter(maps.volume, maps.batch, maps.channels, source, maps.displacement, maps.mask,
                        mutable_data<float>(sums), mutable_data<T>(grad_moving), launch);
   }
-  Tensor words = scratch(grad_moving, words_of_lists(maps.volume, maps.batch), ScalarType::UInt32);
+  Tensor words = scratch(grad_moving, words_of_lists(maps.volume, maps.batch), ScalarType::Int);
   Tensor stored = scratch(grad_moving, maps.batch * channels_at_once(maps.channels) * maps.volume.points,
                           ScalarType::Float);
   const CellLists<D> lists = lists_in(maps.volume, maps.batch, mutable_data<uint32_t>(words));
