@@ -170,6 +170,28 @@ def test_cuda_sources_compile_without_spills(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "_C_cuda.so").stat().st_size > 0
 
 
+LOAD_LAZILY = """
+import ctypes, os, sys, torch
+from voxtrast.kernels import _native
+dl = ctypes.CDLL(None)
+dl.dlopen.restype, dl.dlerror.restype = ctypes.c_void_p, ctypes.c_char_p
+assert dl.dlopen(sys.argv[1].encode(), os.RTLD_LAZY), dl.dlerror()  # what only CUDA builds have is not looked up
+assert torch._C._dispatch_has_kernel_for_dispatch_key("voxtrast::stream_copy", "CUDA")
+print("registered")
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, the CUDA compiler (no GPU)")
+def test_the_cuda_library_finds_torch_and_registers_its_operators(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("VOXTRAST_CUDA_ARCHITECTURES", "90")
+    command = builder()["cuda_command"]("nvcc", tmp_path / "_C_cuda.so")
+    one = [word for word in command if not word.endswith(".cu") or word.endswith("stream_copy.cu")]
+    subprocess.run(one, cwd=ROOT, check=True, capture_output=True)
+    library = str(tmp_path / "_C_cuda.so")
+    run = subprocess.run([sys.executable, "-c", LOAD_LAZILY, library], capture_output=True, text=True)
+    assert run.stdout == "registered\n", run.stderr
+
+
 def test_a_failing_nvcc_is_a_warning_unless_cuda_is_demanded(tmp_path: Path, monkeypatch, capfd) -> None:
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\nexit 3\n")
