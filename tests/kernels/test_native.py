@@ -170,6 +170,36 @@ def test_cuda_sources_compile_without_spills(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "_C_cuda.so").stat().st_size > 0
 
 
+LOADED_BY_THE_FIRST_CALL = """
+import sys
+sys.modules["voxtrast.kernels._C"] = None
+import torch
+from voxtrast.kernels import _native, warp
+calls, library = [], torch.library.Library("voxtrast", "IMPL")
+
+def compiled(name, image, *rest):
+    calls.append(name)
+    return (image.clone(), rest[1].clone()) if name == "warp_backward" else image.clone()
+
+def becomes_compiled(name, device):  # as where CUDA's library is loaded, on the CPU
+    for operator in ("warp", "warp_backward"):
+        library.impl(operator, lambda *given, operator=operator: compiled(operator, *given), "CPU")
+    return True
+
+_native.becomes_compiled = becomes_compiled
+image, field = torch.randn(1, 2, 3, 4, requires_grad=True), torch.randn(1, 2, 3, 4, requires_grad=True)
+warp(image, field).sum().backward()
+_native.becomes_compiled = None  # from now on nobody asks
+torch.compile(warp, fullgraph=True, backend="aot_eager")(image, field).sum().backward()
+print(*calls)
+"""
+
+
+def test_the_call_that_loads_a_library_runs_by_it() -> None:
+    run = subprocess.run([sys.executable, "-c", LOADED_BY_THE_FIRST_CALL], capture_output=True, text=True)
+    assert run.stdout.split() == ["warp", "warp_backward"] * 2, run.stderr
+
+
 LOAD_LAZILY = """
 import ctypes, os, sys, torch
 from voxtrast.kernels import _native
