@@ -88,7 +88,7 @@ inline dim3 blocks_for_items(int64_t items) { return blocks_for((items + kThread
 template <class Launch>
 void forward(const Launch& launch, const Problem& given, int processors, const void* query, const void* key,
              float* displacement, float* log_sum_exp, float* mean) {
-  const Problem p = cut(given, kThreads, 2, processors);
+  const Problem p = cut(given, forward_threads(given.radius), kForwardBlocks, processors);
   float* const means = p.units == 1 ? displacement : mean;
   if (is_general(p)) {
     launch(&correlate_general, blocks_for_items(p.count * p.points), dim3(kThreads), 0, p, query, key, means,
@@ -110,7 +110,7 @@ void forward(const Launch& launch, const Problem& given, int processors, const v
 template <class Launch>
 void backward(const Launch& launch, const Problem& whole, int processors, const Gradients& given, const void* query,
               const void* key, void* grad_query, void* grad_key) {
-  const Problem p = cut(whole, kBackwardThreads, 3, processors);
+  const Problem p = cut(whole, kFewThreads, backward_blocks(whole.radius), processors);
   if (is_general(p)) {
     const int64_t groups = (p.channels + kChannels - 1) / kChannels;
     const dim3 grid = blocks_for_items(groups * p.count * p.points), block(kThreads);

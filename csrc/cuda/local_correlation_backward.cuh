@@ -43,7 +43,7 @@ __device__ inline Pull load_pull(const Problem& p, const Gradients& given, int64
 
 // query, key, grad_query (count, channels, points)
 template <int R, bool kVolume>
-__global__ void __launch_bounds__(kBackwardThreads, R <= 2 ? 3 : 2)
+__global__ void __launch_bounds__(kFewThreads, backward_blocks(R))
     differentiate_query(Problem p, Gradients given, const void* __restrict__ query, const void* __restrict__ key,
                         void* __restrict__ grad_query) {
   constexpr int kHaloY = kVolume ? R : 0, kSlots = 2 * R + 1, kLast = 2 * R;
@@ -141,7 +141,7 @@ constexpr int kQueryFloats = 13;  // of a voxel in such a plane
 
 // The same with the roles exchanged: the slots hold keys, and queries pass by.
 template <int R, bool kVolume>
-__global__ void __launch_bounds__(kBackwardThreads, R <= 2 ? 3 : 2)
+__global__ void __launch_bounds__(kFewThreads, backward_blocks(R))
     differentiate_key(Problem p, Gradients given, const void* __restrict__ query, const void* __restrict__ key,
                       void* __restrict__ grad_key) {
   constexpr int kHaloY = kVolume ? R : 0, kSlots = 2 * R + 1, kLast = 2 * R;

@@ -126,7 +126,7 @@ __device__ inline float natural(float shift, float total) {
 
 // query, key (count, channels, points); mean (count, components, points); log_sum_exp (count, points)
 template <int R, bool kVolume>
-__global__ void __launch_bounds__(kThreads, R <= 2 ? 2 : 1)
+__global__ void __launch_bounds__(forward_threads(R), kForwardBlocks)
     correlate(Problem p, const void* __restrict__ query, const void* __restrict__ key, float* __restrict__ mean,
               float* __restrict__ log_sum_exp) {
   constexpr int kHaloY = kVolume ? R : 0, kLast = 2 * R;

@@ -15,8 +15,15 @@ namespace voxtrast::correlation {
 
 enum class Element : int { kFloat32, kBfloat16, kFloat16 };
 
-constexpr int kThreads = 256;         // of a block
-constexpr int kBackwardThreads = 128;  // in the kernels whose slots fill the registers
+constexpr int kThreads = 256;  // of a block
+
+// Of a block whose slots fill the registers: several small blocks, one of which computes while another loads.
+constexpr int kFewThreads = 128;
+constexpr int forward_threads(int radius) { return radius <= 2 ? kThreads : kFewThreads; }
+
+// Blocks that a processor runs at a time, as registers allow.
+constexpr int kForwardBlocks = 2;
+constexpr int backward_blocks(int radius) { return radius == 1 ? 4 : radius == 2 ? 3 : 2; }
 constexpr int kChannels = 8;  // of a unit, at most, outside the general kernels
 // Logits may be large: where they change their base, what a float cannot hold of a factor is carried along.
 constexpr float kLog2E = 1.4426950408889634f, kLog2ELow = 1.925963e-8f;
@@ -96,11 +103,11 @@ __device__ inline float times(float value, float factor, float factor_low) {
 template <bool kIsQuery>
 __device__ inline void load_vector(const Problem& p, const void* map, int64_t at, bool read,
                                    float (&values)[kChannels]) {
+  const int count = read ? p.channels : 0;
   with_element(p.element, [&](auto type) {
     const auto* source = static_cast<const decltype(type)*>(map) + at;
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c)
-      values[c] = read && c < p.channels ? static_cast<float>(source[c * p.points]) : 0.0f;
+    for (int c = 0; c < kChannels; ++c, source += p.points) values[c] = c < count ? static_cast<float>(*source) : 0.0f;
   });
   if constexpr (kIsQuery) {
 #pragma unroll
@@ -113,8 +120,8 @@ __device__ inline void store_vector(const Problem& p, void* map, int64_t at, flo
   with_element(p.element, [&](auto type) {
     auto* target = static_cast<decltype(type)*>(map) + at;
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c)
-      if (c < p.channels) target[c * p.points] = static_cast<decltype(type)>(factor * values[c]);
+    for (int c = 0; c < kChannels; ++c, target += p.points)
+      if (c < p.channels) *target = static_cast<decltype(type)>(factor * values[c]);
   });
 }
 

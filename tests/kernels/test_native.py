@@ -1,9 +1,8 @@
-"""The compiled libraries: what happens without them, and that the CUDA one can be built."""
+"""The compiled libraries: what happens without them, and where the CUDA one cannot be built."""
 
 import ast
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 import warnings
@@ -158,18 +157,6 @@ def builder() -> dict:
     return runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, the CUDA compiler (no GPU)")
-def test_cuda_sources_compile_without_spills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VOXTRAST_CUDA_ARCHITECTURES", "90")
-    command = builder()["cuda_command"]("nvcc", tmp_path / "_C_cuda.so")
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    reports = [line for line in (run.stdout + run.stderr).splitlines() if "spill stores" in line]
-    assert reports
-    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in reports), reports
-    assert (tmp_path / "_C_cuda.so").stat().st_size > 0
-
-
 LOADED_BY_THE_FIRST_CALL = """
 import sys
 sys.modules["voxtrast.kernels._C"] = None
@@ -198,28 +185,6 @@ print(*calls)
 def test_the_call_that_loads_a_library_runs_by_it() -> None:
     run = subprocess.run([sys.executable, "-c", LOADED_BY_THE_FIRST_CALL], capture_output=True, text=True)
     assert run.stdout.split() == ["warp", "warp_backward"] * 2, run.stderr
-
-
-LOAD_LAZILY = """
-import ctypes, os, sys, torch
-from voxtrast.kernels import _native
-dl = ctypes.CDLL(None)
-dl.dlopen.restype, dl.dlerror.restype = ctypes.c_void_p, ctypes.c_char_p
-assert dl.dlopen(sys.argv[1].encode(), os.RTLD_LAZY), dl.dlerror()  # what only CUDA builds have is not looked up
-assert torch._C._dispatch_has_kernel_for_dispatch_key("voxtrast::stream_copy", "CUDA")
-print("registered")
-"""
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, the CUDA compiler (no GPU)")
-def test_the_cuda_library_finds_torch_and_registers_its_operators(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("VOXTRAST_CUDA_ARCHITECTURES", "90")
-    command = builder()["cuda_command"]("nvcc", tmp_path / "_C_cuda.so")
-    one = [word for word in command if not word.endswith(".cu") or word.endswith("stream_copy.cu")]
-    subprocess.run(one, cwd=ROOT, check=True, capture_output=True)
-    library = str(tmp_path / "_C_cuda.so")
-    run = subprocess.run([sys.executable, "-c", LOAD_LAZILY, library], capture_output=True, text=True)
-    assert run.stdout == "registered\n", run.stderr
 
 
 def test_a_failing_nvcc_is_a_warning_unless_cuda_is_demanded(tmp_path: Path, monkeypatch, capfd) -> None:

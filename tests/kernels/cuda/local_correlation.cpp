@@ -15,6 +15,24 @@ correlation::Problem describe(int64_t batch, int64_t units, int64_t channels, in
                                static_cast<correlation::Element>(element));
 }
 
+// A grid of 3 blocks at most, as if more were beyond the limits. Asked for by 0 processors.
+struct FewBlocks {
+  template <class Kernel, class... Given>
+  void operator()(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, Given... given) const {
+    emulation::Launch()(kernel, dim3(std::min(grid.x, 3u)), block, shared_bytes, given...);
+  }
+};
+
+template <class Run>
+const char* run(int64_t processors, Run run) {
+  return emulation::report([=] {
+    if (processors > 0)
+      run(emulation::Launch(), static_cast<int>(processors));
+    else
+      run(FewBlocks(), 2);
+  });
+}
+
 }  // namespace
 
 extern "C" {
@@ -23,9 +41,9 @@ const char* local_correlation(const void* query, const void* key, float* displac
                               int64_t batch, int64_t units, int64_t channels, int64_t dimensions, int64_t size_0,
                               int64_t size_1, int64_t size_2, int64_t radius, int64_t element, int64_t processors,
                               double scale) {
-  return emulation::report([=] {
+  return run(processors, [=](auto launch, int processors) {
     const auto problem = describe(batch, units, channels, dimensions, size_0, size_1, size_2, radius, element, scale);
-    correlation::forward(emulation::Launch(), problem, int(processors), query, key, displacement, log_sum_exp, mean);
+    correlation::forward(launch, problem, processors, query, key, displacement, log_sum_exp, mean);
   });
 }
 
@@ -34,9 +52,9 @@ const char* local_correlation_backward(const float* grad_displacement, const voi
                                        int64_t batch, int64_t units, int64_t channels, int64_t dimensions,
                                        int64_t size_0, int64_t size_1, int64_t size_2, int64_t radius, int64_t element,
                                        int64_t processors, double scale) {
-  return emulation::report([=] {
+  return run(processors, [=](auto launch, int processors) {
     const auto problem = describe(batch, units, channels, dimensions, size_0, size_1, size_2, radius, element, scale);
-    correlation::backward(emulation::Launch(), problem, int(processors), {grad_displacement, log_sum_exp, mean}, query, key, grad_query,
+    correlation::backward(launch, problem, processors, {grad_displacement, log_sum_exp, mean}, query, key, grad_query,
                           grad_key);
   });
 }

@@ -179,13 +179,14 @@ def test_numbers_that_are_not_finite_reach_those_who_see_them(run: Emulated, val
         assert found[0][~seen].isfinite().all()
 
 
-@pytest.mark.parametrize("processors", [1, 7, 132])
-def test_the_cut_into_blocks_changes_no_bit(run: Emulated, processors: int) -> None:
-    query, key = make((9, 5, 4), batch=1)
-    gradient = torch.randn(1, 3, 9, 5, 4)
+@pytest.mark.parametrize("channels", [8, 12])
+@pytest.mark.parametrize("processors", [0, 1, 7, 132])
+def test_the_cut_into_blocks_changes_no_bit(run: Emulated, processors: int, channels: int) -> None:
+    query, key = make((9, 5, 40), 2 * channels, batch=1)
+    gradient = torch.randn(1, 3, 9, 5, 40)
     found = [
-        [*operator.forward(query, key)[:2], *operator.backward(gradient, query, key)]
-        for operator in (Operator(run, 2, processors=count) for count in (2, processors))
+        [*operator.forward(query, key), *operator.backward(gradient, query, key)]
+        for operator in (Operator(run, 2, 2, processors=count) for count in (2, processors))
     ]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
