@@ -20,8 +20,8 @@ __device__ inline int bits_of(uint32_t count) {
   return bits;
 }
 
-// (value + shift) - shift is value rounded to a multiple of the unit, for every value up to `largest`; sums of 2^bits of
-// them stay below 2^53 units. Infinities and NaN stay what they are, and reach the sum in any order.
+// (value + shift) - shift is value rounded to a multiple of the unit, for every value up to `largest`; sums of 2^bits
+// of them stay below 2^53 units. Infinities and NaN stay what they are, and reach the sum in any order.
 __device__ inline double shift_of(float largest, int bits) {
   const uint32_t exponent = __builtin_bit_cast(uint32_t, largest) >> 23;  // largest < 2^(exponent - 126)
   return __builtin_bit_cast(double, (static_cast<uint64_t>(exponent) - 126 + bits + 1023) << 52) * 1.5;

@@ -27,7 +27,8 @@ Volume<D> volume_of(const Tensor& tensor) {
     volume.size[axis] = static_cast<int32_t>(size);
     points *= size;
     cells *= size + 1;
-    STD_TORCH_CHECK(cells < kMaximumCells, "voxtrast: a volume has ", points, " voxels or more; some 2^32 work on a GPU");
+    STD_TORCH_CHECK(cells < kMaximumCells, "voxtrast: a volume has ", points,
+                    " voxels or more; some 2^32 work on a GPU");
   }
   volume.points = static_cast<uint32_t>(points);
   return volume;

@@ -1,4 +1,4 @@
-// The masked mean cosine along a displacement field, and its gradients. What is computed: kernels/warped_cosine_loss.py.
+// The masked mean cosine along a displacement field, and its gradients: kernels/warped_cosine_loss.py says what.
 //
 // The warped map is never stored: each thread warps the channels of its point as it goes over them.
 #pragma once
@@ -77,7 +77,7 @@ void run_warped_cosine_loss(const Maps<T, D>& in, Partial* partials, float* loss
   run_finish_loss<true>(partials, count, loss, mask_sum, launch);
 }
 
-// d loss / d fixed = along * warped - radial_fixed * fixed;  d loss / d warped = along * fixed - radial_warped * warped.
+// d loss / d fixed = along * warped - radial_fixed * fixed; d loss / d warped = along * fixed - radial_warped * warped.
 // What is not needed is null.
 template <typename T>
 struct CosineGradients {
