@@ -90,13 +90,15 @@ def build_cuda_library(target: Path) -> None:
 
 
 def cuda_command(nvcc: str, output: Path) -> list[str]:
-    from torch.utils.cpp_extension import include_paths
+    from torch.utils.cpp_extension import include_paths, library_paths
 
     architectures = os.environ.get("VOXTRAST_CUDA_ARCHITECTURES", "80;90;100").split(";")
     command = [nvcc, "-O3", "-std=c++20", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v",
                "--threads", "0", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DUSE_CUDA"]  # fmt: skip
     command += [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
     command += [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
+    # Python keeps torch's symbols to itself: the library must name torch, which brings its CUDA part where it has one.
+    command += [*(f"-L{path}" for path in library_paths()), "-Xlinker", "--no-as-needed", "-ltorch"]
     return [*command, "-o", str(output), *sources("cuda/*.cu")]
 
 

@@ -1,4 +1,4 @@
-"""Loads the compiled libraries: `_C` (C++, CPU) with the package, `_C_cuda` when CUDA is first used.
+"""Loads the compiled libraries: `_C` (C++, CPU) with the package, `_C_cuda` when an operator first needs it.
 
 Both only implement operators whose schemas the modules of this package have registered before. Where a library is
 missing, the operators run as their torch reference, and a warning says so once.
@@ -32,6 +32,13 @@ def load_cuda() -> bool:
 
     To be called only where CUDA is in use: CPU builds of torch lack the symbols that the library needs.
     """
+    if not _try_cuda():
+        reason = f"voxtrast.kernels: the CUDA library cannot be loaded ({_reasons['cuda']}); "
+        _warn("cuda library", reason + "install from source where nvcc and a CUDA build of torch are found.")
+    return _loaded["cuda"]
+
+
+def _try_cuda() -> bool:
     if "cuda" not in _loaded:
         try:
             if not _CUDA_LIBRARY.exists():
@@ -40,14 +47,22 @@ def load_cuda() -> bool:
         except OSError as error:
             _reasons["cuda"] = str(error.__cause__ or error)
         _loaded["cuda"] = "cuda" not in _reasons
-    if not _loaded["cuda"]:
-        reason = f"voxtrast.kernels: the CUDA library cannot be loaded ({_reasons['cuda']}); "
-        _warn("cuda library", reason + "install from source where nvcc and a CUDA build of torch are found.")
     return _loaded["cuda"]
 
 
 def is_compiled(operator: str, device: torch.device) -> bool:
-    """Whether `operator` has a compiled implementation for the tensors of `device`."""
+    """Whether `operator` has a compiled implementation for the tensors of `device`. Loads what may hold it."""
+    return _has_kernel(operator, device) or becomes_compiled(operator, device)
+
+
+def becomes_compiled(operator: str, device: torch.device) -> bool:
+    """Whether `operator` had no compiled implementation for `device`, and has one now that the library was loaded."""
+    if device.type != "cuda" or _has_kernel(operator, device):
+        return False
+    return _try_cuda() and _has_kernel(operator, device)
+
+
+def _has_kernel(operator: str, device: torch.device) -> bool:
     key = torch._C._dispatch_key_for_device(device.type)
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"voxtrast::{operator}", key)
 
@@ -57,6 +72,9 @@ def warn_of_reference(operator: str, device: torch.device) -> None:
     if device.type == "cpu":
         reason = f"the compiled library is missing ({_reasons.get('cpu', 'it was not loaded')}). "
         reason += "That is several times slower: install voxtrast again where a C++ compiler is found."
+    elif device.type == "cuda" and "cuda" in _reasons:
+        reason = f"the CUDA library cannot be loaded ({_reasons['cuda']}). "
+        reason += "Install from source where nvcc and a CUDA build of torch are found."
     else:
         reason = "this version has no compiled implementation for it."
     _warn(device.type, f"voxtrast.kernels: {operator} and its like run as plain torch on {device.type}: {reason}")

@@ -32,8 +32,8 @@ def register_operator(
 
     Args:
         schema: "name(Tensor a, ...) -> ..."
-        reference: the same function in plain torch; may not return one of its arguments
-        fake: gives empty outputs of the right shape and type
+        reference: the same function in plain torch, with the schema's defaults; may not return one of its arguments
+        fake: gives empty outputs of the right shape and type; with the schema's defaults, which torch leaves out
         save: save(ctx, inputs, output), called after forward
         backward: backward(ctx, *gradients) -> one gradient, or None, for each argument
         float32_arguments: positions of the arguments that autocast casts to float32; the others stay what they are
@@ -43,6 +43,8 @@ def register_operator(
     operator = getattr(torch.ops.voxtrast, name).default
 
     def run_reference(first: Tensor, *rest: Any) -> Any:
+        if _native.becomes_compiled(name, first.device):
+            return operator(first, *rest)
         _native.warn_of_reference(name, first.device)
         return reference(first, *rest)
 

@@ -26,7 +26,7 @@ from ._registration import (
 MAXIMUM_DISPLACEMENT = 2.0**30
 
 
-def warp(image: Tensor, displacement: Tensor) -> Tensor:
+def warp(image: Tensor, displacement: Tensor, *, deterministic: bool = True) -> Tensor:
     """Reads `image` at p + displacement(p), with linear interpolation and zeros outside.
 
     Args:
@@ -34,6 +34,8 @@ def warp(image: Tensor, displacement: Tensor) -> Tensor:
         displacement: (B, 2, H, W) or (B, 3, D, H, W) in voxels; component 0 moves along the first spatial axis. It is
             used in float32 (float64 where one argument has that). NaN and infinities count as outside: value 0 and
             gradient 0.
+        deterministic: False: on a GPU the gradient of the image is summed by float atomics, and may differ in its last
+            bits from run to run. Without effect on the CPU, which gives the same bits either way.
 
     Returns: the warped image, of image's shape and type; interpolation accumulates in float32.
 
@@ -49,7 +51,7 @@ def warp(image: Tensor, displacement: Tensor) -> Tensor:
     check_displacement("displacement", displacement, "image", image)
     if needs_functional_reference() or torch.float64 in (image.dtype, displacement.dtype):
         return warp_reference(image, displacement)
-    return torch.ops.voxtrast.warp(image, displacement.to(torch.float32))
+    return torch.ops.voxtrast.warp(image, displacement.to(torch.float32), deterministic)
 
 
 def warp_reference(image: Tensor, displacement: Tensor) -> Tensor:
@@ -83,12 +85,21 @@ def warp_reference(image: Tensor, displacement: Tensor) -> Tensor:
     return warped.reshape(image.shape).to(image.dtype)
 
 
-def _fake(image: Tensor, displacement: Tensor) -> Tensor:
+def _operator_reference(image: Tensor, displacement: Tensor, deterministic: bool = True) -> Tensor:
+    return warp_reference(image, displacement)
+
+
+def _fake(image: Tensor, displacement: Tensor, deterministic: bool = True) -> Tensor:
     return image.new_empty(image.shape)
 
 
 def _fake_backward(
-    grad_output: Tensor, image: Tensor, displacement: Tensor, need_image: bool, need_displacement: bool
+    grad_output: Tensor,
+    image: Tensor,
+    displacement: Tensor,
+    need_image: bool,
+    need_displacement: bool,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
     return (
         image.new_empty(image.shape if need_image else (0,)),
@@ -96,29 +107,30 @@ def _fake_backward(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+    image, displacement, ctx.deterministic = inputs
+    ctx.save_for_backward(image, displacement)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     image, displacement = ctx.saved_tensors
-    needed = ctx.needs_input_grad
+    needed = ctx.needs_input_grad[:2]
     if needs_reference("warp_backward", grad_output.device):
-        return gradients_by_reference(warp_reference, (image, displacement), needed, grad_output)
-    gradients = torch.ops.voxtrast.warp_backward(grad_output, image, displacement, *needed)
-    return tuple(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
+        return (*gradients_by_reference(warp_reference, (image, displacement), needed, grad_output), None)
+    gradients = torch.ops.voxtrast.warp_backward(grad_output, image, displacement, *needed, ctx.deterministic)
+    return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), None)
 
 
 register_operator(
-    "warp(Tensor image, Tensor displacement) -> Tensor",
-    reference=warp_reference,
+    "warp(Tensor image, Tensor displacement, bool deterministic=True) -> Tensor",
+    reference=_operator_reference,
     fake=_fake,
     save=_save,
     backward=_backward,
     float32_arguments=(1,),
 )
 register_backward(
-    "warp_backward(Tensor grad_output, Tensor image, Tensor displacement, bool need_image, bool need_displacement)"
-    " -> (Tensor, Tensor)",
+    "warp_backward(Tensor grad_output, Tensor image, Tensor displacement, bool need_image, bool need_displacement,"
+    " bool deterministic=True) -> (Tensor, Tensor)",
     fake=_fake_backward,
 )

@@ -21,11 +21,13 @@ from ._registration import (
 )
 from .warp import warp_reference
 
-# Shorter vectors have no direction. The same number stands in csrc/cpu/warped_cosine_loss.cpp.
+# Shorter vectors have no direction. The same number stands in csrc/{cpu,cuda}/.
 MINIMUM_NORM = 1e-6
 
 
-def warped_cosine_loss(fixed: Tensor, moving: Tensor, displacement: Tensor, mask: Tensor) -> Tensor:
+def warped_cosine_loss(
+    fixed: Tensor, moving: Tensor, displacement: Tensor, mask: Tensor, *, deterministic: bool = True
+) -> Tensor:
     """1 - masked mean cosine between `fixed` and `moving` warped by `displacement`.
 
     A vector whose norm is below 1e-6 has no direction: its cosine is 0, and so is its gradient (the true one grows
@@ -37,6 +39,8 @@ def warped_cosine_loss(fixed: Tensor, moving: Tensor, displacement: Tensor, mask
         displacement: (B, D, *S) in voxels, used in float32; it gets a gradient where it asks for one.
         mask: (B, 1, *S) weights, not negative, floating or bool. It gets no gradient. A voxel of weight zero is not
             looked at.
+        deterministic: False: on a GPU the gradient of moving is summed by float atomics, and may differ in its last
+            bits from run to run. Without effect on the CPU, which gives the same bits either way.
 
     Returns: the loss, a scalar between 0 and 2, float32 (float64 where a map or the field has that). 0 with zero
         gradients where the mask is empty. The sum is the same for any number of threads.
@@ -56,7 +60,11 @@ def warped_cosine_loss(fixed: Tensor, moving: Tensor, displacement: Tensor, mask
         return warped_cosine_loss_reference(fixed, moving, displacement, mask)
     common = torch.promote_types(fixed.dtype, moving.dtype)
     loss, _ = torch.ops.voxtrast.warped_cosine_loss(
-        fixed.to(common), moving.to(common), displacement.to(torch.float32), mask.detach().to(torch.float32)
+        fixed.to(common),
+        moving.to(common),
+        displacement.to(torch.float32),
+        mask.detach().to(torch.float32),
+        deterministic,
     )
     return loss
 
@@ -86,7 +94,15 @@ def _loss_and_mask_sum(fixed: Tensor, moving: Tensor, displacement: Tensor, mask
     return torch.where(mask_sum == 0, 0, 1 - mean), mask_sum
 
 
-def _fake(fixed: Tensor, moving: Tensor, displacement: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _operator_reference(
+    fixed: Tensor, moving: Tensor, displacement: Tensor, mask: Tensor, deterministic: bool = True
+) -> tuple[Tensor, Tensor]:
+    return _loss_and_mask_sum(fixed, moving, displacement, mask)
+
+
+def _fake(
+    fixed: Tensor, moving: Tensor, displacement: Tensor, mask: Tensor, deterministic: bool = True
+) -> tuple[Tensor, Tensor]:
     return mask.new_empty(()), mask.new_empty(())
 
 
@@ -97,30 +113,34 @@ def _fake_backward(
     displacement: Tensor,
     mask: Tensor,
     mask_sum: Tensor,
-    *needed: bool,
+    need_fixed: bool,
+    need_moving: bool,
+    need_displacement: bool,
+    deterministic: bool = True,
 ) -> tuple[Tensor, ...]:
-    tensors = (fixed, moving, displacement)
+    tensors, needed = (fixed, moving, displacement), (need_fixed, need_moving, need_displacement)
     return tuple(tensor.new_empty(tensor.shape if need else (0,)) for tensor, need in zip(tensors, needed, strict=True))
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.deterministic = inputs
     ctx.mark_non_differentiable(output[1])  # depends on the mask alone, which gets no gradient
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.save_for_backward(*tensors, output[1])
 
 
 def _backward(ctx: Any, grad_loss: Tensor, grad_mask_sum: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, mask_sum = ctx.saved_tensors
     needed = ctx.needs_input_grad[:3]
     if needs_reference("warped_cosine_loss_backward", grad_loss.device):
-        return gradients_by_reference(warped_cosine_loss_reference, inputs, (*needed, False), grad_loss)
-    gradients = torch.ops.voxtrast.warped_cosine_loss_backward(grad_loss, *inputs, mask_sum, *needed)
-    return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), None)
+        return (*gradients_by_reference(warped_cosine_loss_reference, inputs, (*needed, False), grad_loss), None)
+    gradients = torch.ops.voxtrast.warped_cosine_loss_backward(grad_loss, *inputs, mask_sum, *needed, ctx.deterministic)
+    return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), None, None)
 
 
 register_operator(
-    "warped_cosine_loss(Tensor fixed, Tensor moving, Tensor displacement, Tensor mask)"
+    "warped_cosine_loss(Tensor fixed, Tensor moving, Tensor displacement, Tensor mask, bool deterministic=True)"
     " -> (Tensor loss, Tensor mask_sum)",
-    reference=_loss_and_mask_sum,
+    reference=_operator_reference,
     fake=_fake,
     save=_save,
     backward=_backward,
@@ -128,6 +148,7 @@ register_operator(
 )
 register_backward(
     "warped_cosine_loss_backward(Tensor grad_loss, Tensor fixed, Tensor moving, Tensor displacement, Tensor mask,"
-    " Tensor mask_sum, bool need_fixed, bool need_moving, bool need_displacement) -> (Tensor, Tensor, Tensor)",
+    " Tensor mask_sum, bool need_fixed, bool need_moving, bool need_displacement, bool deterministic=True)"
+    " -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
 )

@@ -11,7 +11,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-Tensor warp(const Tensor& image_given, const Tensor& displacement_given) {
+Tensor warp(const Tensor& image_given, const Tensor& displacement_given, bool) {
   const Tensor image = torch::stable::contiguous(image_given);
   const Tensor displacement = torch::stable::contiguous(displacement_given);
   Tensor output = torch::stable::new_empty(image, image.sizes());
@@ -54,7 +54,8 @@ void differentiate_displacement(const Tensor& grad_output, const Tensor& image, 
 
 // grad_image and grad_displacement; an empty tensor stands for one that is not needed.
 std::tuple<Tensor, Tensor> warp_backward(const Tensor& grad_given, const Tensor& image_given,
-                                         const Tensor& displacement_given, bool need_image, bool need_displacement) {
+                                         const Tensor& displacement_given, bool need_image, bool need_displacement,
+                                         bool) {
   const Tensor grad_output = torch::stable::contiguous(grad_given);
   const Tensor image = torch::stable::contiguous(image_given);
   const Tensor displacement = torch::stable::contiguous(displacement_given);

@@ -165,7 +165,7 @@ void backward_points(const Inputs<T, D>& in, float factor, T* grad_fixed, float*
 }
 
 std::tuple<Tensor, Tensor> warped_cosine_loss(const Tensor& fixed, const Tensor& moving, const Tensor& displacement,
-                                              const Tensor& mask) {
+                                              const Tensor& mask, bool) {
   Tensor loss = torch::stable::new_empty(mask, {});
   Tensor mask_sum = torch::stable::new_empty(mask, {});
   with_dimensions(fixed, "fixed", [&](auto dimensions) {
@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> warped_cosine_loss_backward(const Tensor& gra
                                                                const Tensor& moving, const Tensor& displacement,
                                                                const Tensor& mask, const Tensor& mask_sum,
                                                                bool need_fixed, bool need_moving,
-                                                               bool need_displacement) {
+                                                               bool need_displacement, bool) {
   const auto zeros = [](const Tensor& like, bool needed) {
     return needed ? torch::stable::new_zeros(like, like.sizes()) : torch::stable::new_empty(like, {0});
   };

@@ -103,6 +103,46 @@ def test_a_missing_cuda_library_is_said_once(tmp_path: Path, monkeypatch: pytest
         assert not _native.load_cuda()
 
 
+def test_a_missing_cuda_library_is_the_reason_that_operators_give(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(_native, "_CUDA_LIBRARY", tmp_path / "_C_cuda.so")
+    for name, empty in (("_loaded", {}), ("_reasons", {}), ("_warned", set())):
+        monkeypatch.setattr(_native, name, empty)
+    cuda = torch.device("cuda")
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        torch.library._scoped_library("voxtrast", "FRAGMENT") as library,
+    ):
+        library.define("never_compiled(Tensor image) -> Tensor")
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert not _native.is_compiled("never_compiled", cuda)
+            assert not _native.becomes_compiled("never_compiled", cuda)
+            _native.warn_of_reference("never_compiled", cuda)
+    (message,) = [str(warning.message) for warning in caught]
+    assert "run as plain torch on cuda: the CUDA library cannot be loaded (_C_cuda.so was not built)" in message
+
+
+def test_an_operator_loads_the_cuda_library_where_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, loaded = torch.device("cuda"), []
+    with torch.library._scoped_library("voxtrast", "FRAGMENT") as library:
+        library.define("loaded_late(Tensor image) -> Tensor")
+
+        def load() -> bool:
+            loaded.append(True)
+            if len(loaded) == 2:
+                library.impl("loaded_late", lambda image: image.clone(), "CUDA")
+            return True
+
+        monkeypatch.setattr(_native, "_try_cuda", load)
+        assert not _native.becomes_compiled("loaded_late", torch.device("cpu"))
+        assert not loaded
+        assert not _native.becomes_compiled("loaded_late", cuda)
+        assert _native.becomes_compiled("loaded_late", cuda)
+        assert not _native.becomes_compiled("loaded_late", cuda)  # it is already
+        assert _native.is_compiled("loaded_late", cuda)
+        assert len(loaded) == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_stream_copy_on_cuda() -> None:
@@ -115,6 +155,36 @@ def builder() -> dict:
     if not (ROOT / "setup.py").exists():
         pytest.skip("needs the source tree: setup.py is not here")
     return runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+
+
+LOADED_BY_THE_FIRST_CALL = """
+import sys
+sys.modules["voxtrast.kernels._C"] = None
+import torch
+from voxtrast.kernels import _native, warp
+calls, library = [], torch.library.Library("voxtrast", "IMPL")
+
+def compiled(name, image, *rest):
+    calls.append(name)
+    return (image.clone(), rest[1].clone()) if name == "warp_backward" else image.clone()
+
+def becomes_compiled(name, device):  # as where CUDA's library is loaded, on the CPU
+    for operator in ("warp", "warp_backward"):
+        library.impl(operator, lambda *given, operator=operator: compiled(operator, *given), "CPU")
+    return True
+
+_native.becomes_compiled = becomes_compiled
+image, field = torch.randn(1, 2, 3, 4, requires_grad=True), torch.randn(1, 2, 3, 4, requires_grad=True)
+warp(image, field).sum().backward()
+_native.becomes_compiled = None  # from now on nobody asks
+torch.compile(warp, fullgraph=True, backend="aot_eager")(image, field).sum().backward()
+print(*calls)
+"""
+
+
+def test_the_call_that_loads_a_library_runs_by_it() -> None:
+    run = subprocess.run([sys.executable, "-c", LOADED_BY_THE_FIRST_CALL], capture_output=True, text=True)
+    assert run.stdout.split() == ["warp", "warp_backward"] * 2, run.stderr
 
 
 def test_a_failing_nvcc_is_a_warning_unless_cuda_is_demanded(tmp_path: Path, monkeypatch, capfd) -> None:

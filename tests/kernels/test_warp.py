@@ -194,8 +194,22 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.voxtrast.warp.default, (image, displacement))
     torch.library.opcheck(torch.ops.voxtrast.warp.default, (image.detach(), displacement))
     arguments = torch.randn(image.shape).to(dtype), image.detach(), displacement.detach()
-    for needed in [(True, True), (True, False), (False, True)]:
+    for needed in [(True, True), (True, False), (False, True), (True, True, False)]:
         torch.library.opcheck(torch.ops.voxtrast.warp_backward.default, (*arguments, *needed))
+
+
+def test_on_the_cpu_the_option_of_speed_changes_nothing() -> None:
+    image, displacement = make((5, 4, 6))
+    gradient = torch.randn(image.shape)
+
+    def fast(image: Tensor, displacement: Tensor) -> Tensor:
+        return warp(image, displacement, deterministic=False)
+
+    for function in (fast, torch.compile(fast, fullgraph=True, backend="aot_eager")):
+        found = gradients(function, (image, displacement), gradient)
+        for ours, expected in zip(found, gradients(warp, (image, displacement), gradient), strict=True):
+            assert torch.equal(ours, expected)
+    torch.library.opcheck(torch.ops.voxtrast.warp.default, (image, displacement, False))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -219,7 +219,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.voxtrast.warped_cosine_loss.default, (*inputs, mask))
     tensors = [tensor.detach().transpose(2, 4).contiguous().transpose(2, 4) for tensor in (*inputs, mask)]
     torch.library.opcheck(torch.ops.voxtrast.warped_cosine_loss.default, tensors)
-    for needed in [(True, True, True), (False, True, False)]:
+    torch.library.opcheck(torch.ops.voxtrast.warped_cosine_loss.default, (*tensors, False))
+    for needed in [(True, True, True), (False, True, False), (True, True, True, False)]:
         arguments = torch.tensor(1.5), *tensors, mask.sum(), *needed
         torch.library.opcheck(torch.ops.voxtrast.warped_cosine_loss_backward.default, arguments)
 
@@ -239,6 +240,13 @@ def test_compiles_into_one_graph() -> None:
     compiled = torch.compile(warped_cosine_loss, fullgraph=True, backend="aot_eager")
     inputs = make((5, 4, 6))
     found = gradients(compiled, inputs, ONE)
+    for ours, expected in zip(found, gradients(warped_cosine_loss, inputs, ONE), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_on_the_cpu_the_option_of_speed_changes_nothing() -> None:
+    inputs = make((5, 4, 6))
+    found = gradients(lambda *tensors: warped_cosine_loss(*tensors, deterministic=False), inputs, ONE)
     for ours, expected in zip(found, gradients(warped_cosine_loss, inputs, ONE), strict=True):
         assert torch.equal(ours, expected)
 

@@ -79,6 +79,12 @@ class Emulated:
         if message is not None:
             raise RuntimeError(message.decode())
 
+    def count(self, name: str, *arguments: Tensor | int) -> int:
+        """What a function of the planners says, such as how much scratch memory a kernel takes."""
+        function = getattr(self.library, name)
+        function.restype = ctypes.c_int64
+        return function(*map(_argument, arguments))
+
     def release(self) -> None:
         """Frees the memory of all tensors."""
         while self.addresses:

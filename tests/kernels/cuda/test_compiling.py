@@ -1,10 +1,11 @@
-"""nvcc compiles all of csrc/cuda on machines without a GPU; nothing spills."""
+"""nvcc compiles all of csrc/cuda on machines without a GPU; nothing spills, and torch loads what comes out."""
 
 import os
 import re
 import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,26 @@ def check(kernels: dict[str, tuple[int, int]], architectures: str) -> None:
     assert all(spilled == 0 for _, spilled in kernels.values())
 
 
-def test_cuda_sources_compile_without_spills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(compiled("90", tmp_path / "_C_cuda.so", monkeypatch), "90")
+LOAD = """
+import ctypes, os, sys, torch
+from voxtrast.kernels import _native
+dl = ctypes.CDLL(None)
+dl.dlopen.restype, dl.dlerror.restype = ctypes.c_void_p, ctypes.c_char_p
+assert dl.dlopen(sys.argv[1].encode(), os.RTLD_LAZY), dl.dlerror()  # what only CUDA builds have is not looked up
+for name in sys.argv[2:]:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"voxtrast::{name}", "CUDA"), name
+"""
+OPERATORS = """
+stream_copy warp warp_backward compose_displacement vector_regression_loss vector_regression_loss_backward
+warped_cosine_loss warped_cosine_loss_backward
+"""
+
+
+def test_cuda_sources_compile_without_spills_and_find_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "_C_cuda.so"
+    check(compiled("90", target, monkeypatch), "90")
+    run = subprocess.run([sys.executable, "-c", LOAD, target, *OPERATORS.split()], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.slow
