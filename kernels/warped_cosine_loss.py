@@ -21,7 +21,7 @@ from ._registration import (
 )
 from .warp import warp_reference
 
-# Shorter vectors have no direction. The same number stands in csrc/cpu/warped_cosine_loss.cpp.
+# Shorter vectors have no direction. The same number stands in csrc/cpu/warp_points.inl.
 MINIMUM_NORM = 1e-6
 
 

@@ -1,0 +1,408 @@
+// The work on a block of points, written with the vector types of GCC and Clang. Included by warp_points_*.cpp, which
+// set VOXTRAST_PATH, the name of what is defined at the end, and the instruction set (target_*.h, which say what may
+// stand here).
+
+#include "registers.inl"
+#include "elements.inl"
+
+namespace voxtrast {
+namespace {
+
+constexpr int kPairs = kLanes / 2;  // of a vector
+constexpr float kFarthest = 1073741824.0f;
+typedef LanesUpTo<kPairs>::Type AllPairs;
+
+template <int... From>
+VOXTRAST_INLINE Vector pick(Vector one, Vector other) {
+#if defined(__clang__)
+  return __builtin_shufflevector(one, other, From...);
+#else
+  return __builtin_shuffle(one, other, Integers{From...});
+#endif
+}
+
+// Numbers of points to both halves of their pairs, and back.
+template <int... Lane>
+VOXTRAST_INLINE Vector first_pairs(Vector one, Vector other, Lanes<Lane...>) {
+  return pick<(Lane / 2 + (Lane & 1) * kLanes)...>(one, other);
+}
+template <int... Lane>
+VOXTRAST_INLINE Vector last_pairs(Vector one, Vector other, Lanes<Lane...>) {
+  return pick<(kPairs + Lane / 2 + (Lane & 1) * kLanes)...>(one, other);
+}
+template <int Side, int... Lane>
+VOXTRAST_INLINE Vector unpair(Vector first, Vector last, Lanes<Lane...>) {
+  return pick<(2 * Lane + Side)...>(first, last);
+}
+
+// The pairs of elements at plane + base[0], plane + base[1] ...
+typedef double Loose64 __attribute__((aligned(4), may_alias));
+typedef int32_t Loose32 __attribute__((aligned(2), may_alias));
+typedef int32_t HalfIntegers __attribute__((vector_size(kLanes * 2)));
+
+template <typename E, int... Pair>
+VOXTRAST_INLINE Vector load_pairs(const typename E::Storage* plane, const int64_t* base, Lanes<Pair...>) {
+  if constexpr (sizeof(typename E::Storage) == 4) {
+    return reinterpret_cast<Vector>(Doubles{*reinterpret_cast<const Loose64*>(plane + base[Pair])...});
+  } else {
+    const HalfIntegers pairs = {*reinterpret_cast<const Loose32*>(plane + base[Pair])...};
+    return E::widen(reinterpret_cast<Shorts>(pairs));
+  }
+}
+
+// The cells of as many points as a vector holds. Along each axis, for the lower and the upper corner: the weight and its
+// derivative.
+template <int D>
+struct Located {
+  Integers base[D];
+  Vector weight[D][2], slope[D][2];
+};
+
+// First to last live point of a block, -1 or 0 in each lane.
+VOXTRAST_INLINE Integers live(const float* mask, int64_t n, int64_t count) {
+  const Integers within = lane_numbers() < static_cast<int32_t>(smaller(count - n, kLanes));
+  if (mask == nullptr) return within;
+  return within & (load_up_to<Float32>(mask, n, count) != 0.0f);
+}
+
+struct Split {
+  Integers whole, usable;
+  Vector fraction;
+};
+
+// False for NaN, infinities and whatever int32 cannot hold.
+VOXTRAST_INLINE Split split(Vector given, Integers usable) {
+  usable = usable & (given > -kFarthest) & (given < kFarthest);
+  const Vector shift = usable ? given : Vector{};
+  Integers whole = __builtin_convertvector(shift, Integers);
+  whole += __builtin_convertvector(whole, Vector) > shift;
+  return {whole, usable, shift - __builtin_convertvector(whole, Vector)};
+}
+
+VOXTRAST_INLINE Integers clamp(Integers value, int32_t low, int32_t high) {
+  value = value < low ? Integers{} + low : value;
+  return value > high ? Integers{} + high : value;
+}
+
+template <int D>
+VOXTRAST_INLINE void locate_lanes(const Volume<D>& volume, const float* displacement, const float* mask,
+                                  const Cells<D>& cells, int64_t n, Located<D>& at) {
+  const Integers wanted = live(mask == nullptr ? nullptr : mask + cells.first, n, cells.count);
+#pragma GCC unroll 3
+  for (int axis = 0; axis < D; ++axis) {
+    const float* component = displacement + volume.component[axis] * volume.points + cells.first;
+    const auto [whole, usable, fraction] = split(load_up_to<Float32>(component, n, cells.count), wanted);
+    const Integers here = *reinterpret_cast<const Integers*>(cells.coordinate[axis] + n);
+    const Integers lower = here + whole;
+    const int32_t size = static_cast<int32_t>(volume.size[axis]);
+    const Integers base = clamp(lower, 0, size > 1 ? size - 2 : 0);
+    // The cell itself, or the one before or after it: then one of the corners is inside.
+    const Integers same = (lower == base) & usable, before = (lower + 1 == base) & usable;
+    const Integers wide = Integers{} - static_cast<int32_t>(size > 1);
+    const Integers after = (lower - 1 == base) & usable & wide, upper = same & wide;
+    const Vector rest = 1.0f - fraction, zero = {};
+    at.base[axis] = base;
+    at.weight[axis][0] = same ? rest : before ? fraction : zero;
+    at.weight[axis][1] = upper ? fraction : after ? rest : zero;
+    at.slope[axis][0] = same ? splat(-1.0f) : before ? splat(1.0f) : zero;
+    at.slope[axis][1] = upper ? splat(1.0f) : after ? splat(-1.0f) : zero;
+  }
+}
+
+template <int D>
+VOXTRAST_INLINE void take(const Volume<D>& volume, int64_t first, Cells<D>& cells) {
+  cells.first = first;
+  cells.count = smaller(kBlock, volume.points - first);
+  int64_t here[D];
+  for (int axis = 0; axis < D; ++axis) here[axis] = first / volume.stride[axis] % volume.size[axis];
+  const int64_t padded = (cells.count + kLanes - 1) / kLanes * kLanes;
+  for (int64_t n = 0; n < padded;) {
+    const int64_t end = smaller(padded, n + volume.size[D - 1] - here[D - 1]);
+    const int32_t begin = static_cast<int32_t>(here[D - 1] - n);
+    for (int64_t i = n; i < end; ++i) cells.coordinate[D - 1][i] = begin + static_cast<int32_t>(i);
+    for (int axis = 0; axis < D - 1; ++axis) {
+      const int32_t value = static_cast<int32_t>(here[axis]);
+      for (int64_t i = n; i < end; ++i) cells.coordinate[axis][i] = value;
+    }
+    n = end;
+    here[D - 1] = 0;
+    for (int axis = D - 2; axis >= 0 && ++here[axis] == volume.size[axis]; --axis) here[axis] = 0;
+  }
+}
+
+template <int D>
+VOXTRAST_INLINE void store_base(const Volume<D>& volume, const Slab& slab, const Integers (&base)[D], int64_t* to) {
+  if (volume.points < (int64_t(1) << 30)) {
+    Integers sum = base[D - 1] - static_cast<int32_t>(slab.origin);
+    for (int axis = 0; axis < D - 1; ++axis) sum += base[axis] * static_cast<int32_t>(volume.stride[axis]);
+    for (int lane = 0; lane < kLanes; ++lane) to[lane] = sum[lane];
+    return;
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    to[lane] = -slab.origin;
+    for (int axis = 0; axis < D; ++axis) to[lane] += base[axis][lane] * volume.stride[axis];
+  }
+}
+
+template <int D>
+void locate(const Volume<D>& volume, const float* displacement, const float* mask, const Slab& slab, int64_t first,
+            Cells<D>& cells) {
+  take(volume, first, cells);
+  const int32_t begin = static_cast<int32_t>(slab.begin), end = static_cast<int32_t>(slab.end);
+  for (int64_t n = 0; n < cells.count; n += kLanes) {
+    Located<D> at;
+    locate_lanes(volume, displacement, mask, cells, n, at);
+    const Integers lower = at.base[0], upper = lower + 1;
+    at.weight[0][0] = (lower >= begin) & (lower < end) ? at.weight[0][0] : Vector{};
+    at.weight[0][1] = (upper >= begin) & (upper < end) ? at.weight[0][1] : Vector{};
+    at.base[0] = clamp(lower, begin - 1, end - 1);
+    store_base(volume, slab, at.base, cells.base + n);
+    Integers inside = {};
+#pragma GCC unroll 4
+    for (int row = 0; row < 1 << (D - 1); ++row) {
+      Vector share = at.weight[0][D == 2 ? row : row >> 1];
+      if constexpr (D == 3) share *= at.weight[1][row & 1];
+      Vector pair[2];
+#pragma GCC unroll 2
+      for (int side = 0; side < 2; ++side) {
+        const Vector weight = share * at.weight[D - 1][side];
+        const Integers counts = weight != 0.0f;
+        inside |= counts;
+        pair[side] = counts ? weight : splat(-0.0f);
+      }
+      store(cells.weight[row] + 2 * n, first_pairs(pair[0], pair[1], AllLanes{}));
+      store(cells.weight[row] + 2 * n + kLanes, last_pairs(pair[0], pair[1], AllLanes{}));
+    }
+    store(cells.start + n, inside ? splat(-0.0f) : Vector{});
+  }
+}
+
+template <int D>
+void reach(const Volume<D>& volume, const float* displacement, const float* mask, int64_t first, int32_t* low,
+           int32_t* high) {
+  const int64_t count = smaller(kBlock, volume.points - first);
+  const float* component = displacement + volume.component[0] * volume.points + first;
+  const int32_t size = static_cast<int32_t>(volume.size[0]);
+  Integers least = Integers{} + size, most = Integers{} - 1;
+  for (int64_t n = 0; n < count;) {
+    // Points that share the coordinate along the first axis.
+    const int64_t here = (first + n) / volume.stride[0];
+    const int64_t end = smaller(count, (here + 1) * volume.stride[0] - first);
+    for (; n < end; n += kLanes) {
+      const Integers wanted = live(mask == nullptr ? nullptr : mask + first, n, end);
+      const auto [whole, usable, fraction] = split(load_up_to<Float32>(component, n, end), wanted);
+      const Integers lower = whole + static_cast<int32_t>(here);
+      const Integers counts = usable & (lower >= -1) & (lower < size);
+      const Integers begin = clamp(lower, 0, size - 1), last = clamp(lower + 1, 0, size - 1);
+      least = counts & (begin < least) ? begin : least;
+      most = counts & (last > most) ? last : most;
+    }
+    n = end;
+  }
+  *low = least[0];
+  *high = most[0];
+  for (int lane = 1; lane < kLanes; ++lane) {
+    if (least[lane] < *low) *low = least[lane];
+    if (most[lane] > *high) *high = most[lane];
+  }
+}
+
+// Values of the points n .. n + kLanes. A corner without weight is not read into the sum: it may hold an infinity.
+template <typename E, int D>
+VOXTRAST_INLINE Vector interpolate_lanes(const Volume<D>& volume, const Cells<D>& cells,
+                                         const typename E::Storage* plane, int64_t n) {
+  Vector sum[2] = {splat(-0.0f), splat(-0.0f)};
+#pragma GCC unroll 4
+  for (int row = 0; row < 1 << (D - 1); ++row) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const int64_t place = n + half * kPairs;
+      const Vector weight = load(cells.weight[row] + 2 * place);
+      const Vector value = load_pairs<E>(plane + volume.step[row], cells.base + place, AllPairs{});
+      sum[half] = weight * (weight != 0.0f ? value : Vector{}) + sum[half];
+    }
+  }
+  return unpair<0>(sum[0], sum[1], AllLanes{}) + unpair<1>(sum[0], sum[1], AllLanes{}) + load(cells.start + n);
+}
+
+template <typename E, int D>
+void interpolate(const Volume<D>& volume, const Cells<D>& cells, const void* plane, float* values) {
+  const auto* from = static_cast<const typename E::Storage*>(plane);
+  for (int64_t n = 0; n < cells.count; n += kLanes) store(values + n, interpolate_lanes<E>(volume, cells, from, n));
+}
+
+template <typename E, int D>
+void sample(const Volume<D>& volume, const Cells<D>& cells, const void* plane, const float* added, void* values) {
+  const auto* from = static_cast<const typename E::Storage*>(plane);
+  auto* to = static_cast<typename E::Storage*>(values);
+  for (int64_t n = 0; n < cells.count; n += kLanes) {
+    Vector value = interpolate_lanes<E>(volume, cells, from, n);
+    if (added != nullptr) value += load_up_to<Float32>(added, n, cells.count);
+    store_up_to<E>(to, n, cells.count, value);
+  }
+}
+
+template <typename E, int D>
+void collect(const Volume<D>& volume, const Cells<D>& cells, const void* plane, const float* gradient,
+             Products<D>& product) {
+  const auto* from = static_cast<const typename E::Storage*>(plane);
+  for (int64_t n = 0; n < cells.count; n += kLanes) {
+    const Vector factor = load(gradient + n);
+    const Vector factors[2] = {first_pairs(factor, factor, AllLanes{}), last_pairs(factor, factor, AllLanes{})};
+#pragma GCC unroll 4
+    for (int row = 0; row < 1 << (D - 1); ++row) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const int64_t place = n + half * kPairs;
+        float* sum = product[row] + 2 * place;
+        const Vector value = load_pairs<E>(from + volume.step[row], cells.base + place, AllPairs{});
+        store(sum, factors[half] * value + load(sum));
+      }
+    }
+  }
+}
+
+template <int D>
+void spread(const Volume<D>& volume, const Cells<D>& cells, const float* gradient, float* sums) {
+  constexpr int kRows = 1 << (D - 1);
+  typedef float Pair __attribute__((vector_size(8), may_alias));
+  alignas(64) float share[kRows][2 * kLanes];
+  for (int64_t n = 0; n < cells.count; n += kLanes) {
+    const Vector factor = load(gradient + n);
+    const Vector factors[2] = {first_pairs(factor, factor, AllLanes{}), last_pairs(factor, factor, AllLanes{})};
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const Vector weight = load(cells.weight[row] + 2 * n + half * kLanes);
+        store(share[row] + half * kLanes, weight * (weight != 0.0f ? factors[half] : Vector{}));
+      }
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      float* at = sums + 2 * cells.base[n + lane];
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; ++row)
+        *reinterpret_cast<Pair*>(at + 2 * volume.step[row]) += *reinterpret_cast<const Pair*>(share[row] + 2 * lane);
+    }
+  }
+}
+
+template <int D>
+void differentiate(const Volume<D>& volume, const float* displacement, const float* mask, const Cells<D>& cells,
+                   const Products<D>& product, float* gradient) {
+  for (int64_t n = 0; n < cells.count; n += kLanes) {
+    Located<D> at;
+    locate_lanes(volume, displacement, mask, cells, n, at);
+    Vector sum[D] = {};
+#pragma GCC unroll 4
+    for (int row = 0; row < 1 << (D - 1); ++row) {
+      const Vector first = load(product[row] + 2 * n), last = load(product[row] + 2 * n + kLanes);
+      const Vector corner[2] = {unpair<0>(first, last, AllLanes{}), unpair<1>(first, last, AllLanes{})};
+#pragma GCC unroll 2
+      for (int side = 0; side < 2; ++side) {
+        const int sides[3] = {D == 2 ? row : row >> 1, D == 2 ? side : row & 1, side};
+#pragma GCC unroll 3
+        for (int axis = 0; axis < D; ++axis) {
+          Vector factor = at.slope[axis][sides[axis]];
+#pragma GCC unroll 3
+          for (int other = 0; other < D; ++other)
+            if (other != axis) factor *= at.weight[other][sides[other]];
+          sum[axis] += factor * (factor != 0.0f ? corner[side] : Vector{});
+        }
+      }
+    }
+    for (int axis = 0; axis < D; ++axis)
+      store_up_to<Float32>(gradient + volume.component[axis] * volume.points + cells.first, n, cells.count, sum[axis]);
+  }
+}
+
+template <typename E>
+void read(const void* from, const float* mask, int64_t count, float* to) {
+  const auto* elements = static_cast<const typename E::Storage*>(from);
+  for (int64_t n = 0; n < count; n += kLanes) {
+    const Vector value = load_up_to<E>(elements, n, count);
+    store(to + n, mask == nullptr ? value : live(mask, n, count) ? value : Vector{});
+  }
+}
+
+template <typename E>
+void write_difference(const float* a, const float* x, const float* b, const float* y, int64_t count, void* to) {
+  auto* elements = static_cast<typename E::Storage*>(to);
+  for (int64_t n = 0; n < count; n += kLanes)
+    store_up_to<E>(elements, n, count, load(a + n) * load(x + n) - load(b + n) * load(y + n));
+}
+
+template <typename E>
+void join(const float* sums, int64_t count, void* to) {
+  auto* elements = static_cast<typename E::Storage*>(to);
+  for (int64_t n = 0; n < count; n += kLanes) {
+    const float* pair = sums + 2 * n;
+    // A lane of even number: what the pair gives to its own voxel, and the pair before to the next.
+    const Vector first = load(pair) + load(pair - 1), last = load(pair + kLanes) + load(pair + kLanes - 1);
+    store_up_to<E>(elements, n, count, unpair<0>(first, last, AllLanes{}));
+  }
+}
+
+void add_products(const float* fixed, const float* warped, int64_t count, float* dot, float* fixed_norm,
+                  float* warped_norm) {
+  for (int64_t n = 0; n < count; n += kLanes) {
+    const Vector here = load(fixed + n), there = load(warped + n);
+    store(dot + n, here * there + load(dot + n));
+    store(fixed_norm + n, here * here + load(fixed_norm + n));
+    store(warped_norm + n, there * there + load(warped_norm + n));
+  }
+}
+
+// Shorter vectors have no direction. The same number stands in kernels/warped_cosine_loss.py.
+constexpr float kMinimumNorm = 1e-6f;
+
+VOXTRAST_INLINE float cosine_of(float dot, float fixed_norm, float warped_norm, float& norms) {
+  constexpr float minimum = kMinimumNorm * kMinimumNorm;
+  const bool directed = !(fixed_norm < minimum) & !(warped_norm < minimum);
+  norms = __builtin_sqrtf(fixed_norm) * __builtin_sqrtf(warped_norm);
+  const float cosine = dot / norms;
+  norms = directed ? norms : 0.0f;
+  return directed ? cosine : 0.0f;
+}
+
+void cosines(const float* dot, const float* fixed_norm, const float* warped_norm, int64_t count, float* cosine) {
+  float norms;
+  for (int64_t n = 0; n < count; ++n) cosine[n] = cosine_of(dot[n], fixed_norm[n], warped_norm[n], norms);
+}
+
+void slopes(const float* dot, const float* fixed_norm, const float* warped_norm, const float* gradient, int64_t count,
+            float* along, float* radial_fixed, float* radial_warped) {
+  for (int64_t n = 0; n < count; ++n) {
+    float norms;
+    const float cosine = cosine_of(dot[n], fixed_norm[n], warped_norm[n], norms);
+    const float share = gradient[n] / norms;
+    const float fixed = gradient[n] * cosine / fixed_norm[n], warped = gradient[n] * cosine / warped_norm[n];
+    along[n] = norms == 0.0f ? 0.0f : share;
+    radial_fixed[n] = norms == 0.0f ? 0.0f : fixed;
+    radial_warped[n] = norms == 0.0f ? 0.0f : warped;
+  }
+}
+
+#define VOXTRAST_POINTS(D)                                                                  \
+  {                                                                                         \
+    locate<D>, reach<D>, spread<D>, differentiate<D>, {                                     \
+      {interpolate<Float32, D>, sample<Float32, D>, collect<Float32, D>},                   \
+          {interpolate<BFloat16, D>, sample<BFloat16, D>, collect<BFloat16, D>},            \
+          {interpolate<Float16, D>, sample<Float16, D>, collect<Float16, D>},               \
+    }                                                                                       \
+  }
+
+}  // namespace
+
+const WarpPath VOXTRAST_PATH = {
+    VOXTRAST_POINTS(2),
+    VOXTRAST_POINTS(3),
+    {{read<Float32>, write_difference<Float32>, join<Float32>},
+     {read<BFloat16>, write_difference<BFloat16>, join<BFloat16>},
+     {read<Float16>, write_difference<Float16>, join<Float16>}},
+    add_products,
+    cosines,
+    slopes,
+};
+
+}  // namespace voxtrast
