@@ -54,7 +54,7 @@ int64_t blocks(const Volume<D>& volume) {
 
 template <int D>
 Slab whole(const Volume<D>& volume) {
-  return {0, volume.size[0], 0};
+  return {0, volume.size[0]};
 }
 
 // An image whose elements are read in pairs. Of volumes of a single voxel the last pair would end beyond the memory.

@@ -43,7 +43,8 @@ void differentiate_displacement(const Volume<D>& volume, int64_t batch, int64_t 
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t plane = (b * channels + c) * points;
         warp_path().of[kElement<T>].read(gradients + plane + first, nullptr, cells.count, gradient);
-        path.of[kElement<T>].collect(volume, cells, values + plane, gradient, product);
+        const T* next = values + plane + (c + 1 < channels ? points : 0);
+        path.of[kElement<T>].collect(volume, cells, values + plane, next, gradient, product);
       }
       path.differentiate(volume, shift, nullptr, cells, product, grad_displacement + b * D * points);
     }
@@ -69,7 +70,7 @@ std::tuple<Tensor, Tensor> warp_backward(const Tensor& grad_given, const Tensor&
       const float* shift = float_data(displacement, batch * D * volume.points, "displacement");
       const T* gradients = grad_output.const_data_ptr<T>();
       if (need_image)
-        scatter<T, D, false>(volume, batch, channels, shift, nullptr, grad_image.mutable_data_ptr<T>(),
+        scatter<T, D>(volume, batch, channels, shift, nullptr, grad_image.mutable_data_ptr<T>(),
                       [&](const Cells<D>& cells, int64_t b, int64_t c, float* gradient) {
                         const T* plane = gradients + (b * channels + c) * volume.points;
                         warp_path().of[kElement<T>].read(plane + cells.first, nullptr, cells.count, gradient);

@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <limits>
+#include <algorithm>
 #include <vector>
 
 #include "interpolation.h"
@@ -36,7 +36,8 @@ void sample(const torch::stable::Tensor& image, torch::headeronly::IntHeaderOnly
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t plane = (b * channels + c) * points;
         const float* added = AddDisplacement ? shift + plane + first : nullptr;
-        path.of[kElement<T>].sample(volume, cells, values + plane, added, output + plane + first);
+        const T* next = values + plane + (c + 1 < channels ? points : 0);
+        path.of[kElement<T>].sample(volume, cells, values + plane, next, added, output + plane + first);
       }
     }
   });
@@ -80,11 +81,10 @@ struct Slabs {
 };
 
 // grad_image (B, C, *S) = transpose of the interpolation of gradients at the displaced points.
-// fill(cells, b, c, gradient) writes the gradients of one channel at the points of a block; the cells are those of the
-// slab, or where Whole those of the volume.
+// fill(cells, b, c, gradient) writes the gradients of one channel at the points of a block.
 // Whoever owns a slab of a plane visits the blocks that reach it in their order. Every sum has one order, whatever the
 // number of slabs and threads.
-template <typename T, int D, bool Whole, typename Fill>
+template <typename T, int D, typename Fill>
 void scatter(const Volume<D>& volume, int64_t batch, int64_t channels, const float* displacement, const float* mask,
              T* grad_image, const Fill& fill) {
   constexpr int64_t kMargin = 64;  // floats that may be read before and after the sums
@@ -94,7 +94,7 @@ void scatter(const Volume<D>& volume, int64_t batch, int64_t channels, const flo
   const int64_t groups = (channels + slabs.channels - 1) / slabs.channels;
   const int64_t count = blocks(volume), points = volume.points, stride = volume.stride[0];
   torch::stable::parallel_for(0, batch * groups * slabs.count, 1, [&](int64_t begin, int64_t end) {
-    Cells<D> cells, whole_cells;
+    Cells<D> cells;
     float gradient[kBlock] = {};
     Buffer<float> memory;
     const int64_t row = 2 * slabs.pairs + 2 * kMargin;
@@ -102,7 +102,7 @@ void scatter(const Volume<D>& volume, int64_t batch, int64_t channels, const flo
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / (groups * slabs.count), group = item / slabs.count % groups;
       const int64_t start = item % slabs.count * slabs.thickness;
-      const Slab slab = {start, std::min(start + slabs.thickness, volume.size[0]), (start - 1) * stride};
+      const Slab slab = {start, std::min(start + slabs.thickness, volume.size[0])};
       const int64_t first = group * slabs.channels, last = std::min(first + slabs.channels, channels);
       std::fill(sums, sums + (last - first) * row, 0.0f);
       for (int64_t block = 0; block < count; ++block) {
@@ -110,10 +110,10 @@ void scatter(const Volume<D>& volume, int64_t batch, int64_t channels, const flo
         const float* shift = displacement + b * D * points;
         const float* weight = mask == nullptr ? nullptr : mask + b * points;
         path.locate(volume, shift, weight, slab, block * kBlock, cells);
-        if constexpr (Whole) path.locate(volume, shift, weight, whole(volume), block * kBlock, whole_cells);
         for (int64_t c = first; c < last; ++c) {
-          fill(Whole ? whole_cells : cells, b, c, gradient);
-          path.spread(volume, cells, gradient, sums + (c - first) * row + kMargin);
+          fill(cells, b, c, gradient);
+          float* plane = sums + (c - first) * row + kMargin;
+          path.spread(volume, cells, slab, gradient, plane, plane + (c + 1 < last ? row : 0));
         }
       }
       for (int64_t c = first; c < last; ++c)

@@ -25,10 +25,9 @@ struct Volume {
   int64_t step[1 << (D - 1)];   // from the first pair of a cell to each
 };
 
-// Voxels begin .. end of the first axis, alone or all of them.
+// Voxels begin .. end of the first axis, some or all.
 struct Slab {
   int64_t begin, end;
-  int64_t origin;  // the voxel that offsets are counted from
 };
 
 template <int D>
@@ -36,8 +35,9 @@ struct Cells {
   int64_t first, count;  // the points
   int32_t coordinate[D][kBlock];
   int64_t base[kBlock];  // of the first corner
-  // Of the corners, pair by pair. It is -0 for what lies outside (of the volume or the slab), or has no share.
+  // Of the corners, pair by pair.
   float weight[1 << (D - 1)][2 * kBlock];
+  bool wanted[kBlock];   // by vector of points: whether any of them reaches the slab; if none, nothing else is known
   float start[kBlock];  // neutral element of the sum: -0, which keeps the sign of a zero; +0 outside the volume
 };
 
@@ -56,8 +56,8 @@ struct PointPath {
                 int32_t* high);
 
   // Adds the transpose of the interpolation: sums (pairs) holds what the cell at each voxel gives to that voxel and to
-  // the next. Pairs of neighbours do not overlap in memory; an addition need not wait for the one before.
-  void (*spread)(const Volume<D>&, const Cells<D>&, const float* gradient, float* sums);
+  // the next, from the voxels before the slab to those behind it, which get a part of their sums alone. Pairs of neighbours do not overlap in memory; an addition need not wait for the one before.
+  void (*spread)(const Volume<D>&, const Cells<D>&, const Slab&, const float* gradient, float* sums, const float* next);
 
   // Gradient of the displacement (D, points) from the collected products.
   void (*differentiate)(const Volume<D>&, const float* displacement, const float* mask, const Cells<D>&,
@@ -65,10 +65,13 @@ struct PointPath {
 
   // By the type of a plane's elements.
   struct {
-    void (*interpolate)(const Volume<D>&, const Cells<D>&, const void* plane, float* values);
+    // Of the points that are wanted. What these read of the next plane is brought to the cache.
+    void (*interpolate)(const Volume<D>&, const Cells<D>&, const void* plane, const void* next, float* values);
     // The same, to an array of that type, plus what is added (null for nothing).
-    void (*sample)(const Volume<D>&, const Cells<D>&, const void* plane, const float* added, void* values);
-    void (*collect)(const Volume<D>&, const Cells<D>&, const void* plane, const float* gradient, Products<D>& product);
+    void (*sample)(const Volume<D>&, const Cells<D>&, const void* plane, const void* next, const float* added,
+                   void* values);
+    void (*collect)(const Volume<D>&, const Cells<D>&, const void* plane, const void* next, const float* gradient,
+                    Products<D>& product);
   } of[3];
 };
 

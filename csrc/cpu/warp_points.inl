@@ -9,6 +9,7 @@ namespace voxtrast {
 namespace {
 
 constexpr int kPairs = kLanes / 2;  // of a vector
+constexpr int kPrefetched = kLanes < 8 ? kLanes : 8;  // points that may share a line of the cache
 constexpr float kFarthest = 1073741824.0f;
 typedef LanesUpTo<kPairs>::Type AllPairs;
 
@@ -20,6 +21,8 @@ VOXTRAST_INLINE Vector pick(Vector one, Vector other) {
   return __builtin_shuffle(one, other, Integers{From...});
 #endif
 }
+
+typedef Integers UnalignedIntegers __attribute__((aligned(4), may_alias));
 
 // Numbers of points to both halves of their pairs, and back.
 template <int... Lane>
@@ -50,6 +53,16 @@ VOXTRAST_INLINE Vector load_pairs(const typename E::Storage* plane, const int64_
   }
 }
 
+// What the same points read in the next plane comes to the cache meanwhile: a plane is too long, and the cells of a row
+// too scattered, for the processor to foresee it.
+template <typename E, int D>
+VOXTRAST_INLINE void prefetch(const Volume<D>& volume, const typename E::Storage* next, const int64_t* base) {
+#pragma GCC unroll 4
+  for (int row = 0; row < 1 << (D - 1); ++row)
+#pragma GCC unroll 4
+    for (int lane = 0; lane < kLanes; lane += kPrefetched) __builtin_prefetch(next + base[lane] + volume.step[row]);
+}
+
 // The cells of as many points as a vector holds. Along each axis, for the lower and the upper corner: the weight and its
 // derivative.
 template <int D>
@@ -63,6 +76,15 @@ VOXTRAST_INLINE Integers live(const float* mask, int64_t n, int64_t count) {
   const Integers within = lane_numbers() < static_cast<int32_t>(smaller(count - n, kLanes));
   if (mask == nullptr) return within;
   return within & (load_up_to<Float32>(mask, n, count) != 0.0f);
+}
+
+VOXTRAST_INLINE bool any(Integers lanes) {
+  typedef int64_t Halves __attribute__((vector_size(kLanes * 4)));
+  const Halves halves = reinterpret_cast<Halves>(lanes);
+  int64_t found = 0;
+#pragma GCC unroll 8
+  for (int lane = 0; lane < kPairs; ++lane) found |= halves[lane];
+  return found != 0;
 }
 
 struct Split {
@@ -85,28 +107,24 @@ VOXTRAST_INLINE Integers clamp(Integers value, int32_t low, int32_t high) {
 }
 
 template <int D>
-VOXTRAST_INLINE void locate_lanes(const Volume<D>& volume, const float* displacement, const float* mask,
-                                  const Cells<D>& cells, int64_t n, Located<D>& at) {
-  const Integers wanted = live(mask == nullptr ? nullptr : mask + cells.first, n, cells.count);
-#pragma GCC unroll 3
-  for (int axis = 0; axis < D; ++axis) {
-    const float* component = displacement + volume.component[axis] * volume.points + cells.first;
-    const auto [whole, usable, fraction] = split(load_up_to<Float32>(component, n, cells.count), wanted);
-    const Integers here = *reinterpret_cast<const Integers*>(cells.coordinate[axis] + n);
-    const Integers lower = here + whole;
-    const int32_t size = static_cast<int32_t>(volume.size[axis]);
-    const Integers base = clamp(lower, 0, size > 1 ? size - 2 : 0);
-    // The cell itself, or the one before or after it: then one of the corners is inside.
-    const Integers same = (lower == base) & usable, before = (lower + 1 == base) & usable;
-    const Integers wide = Integers{} - static_cast<int32_t>(size > 1);
-    const Integers after = (lower - 1 == base) & usable & wide, upper = same & wide;
-    const Vector rest = 1.0f - fraction, zero = {};
-    at.base[axis] = base;
-    at.weight[axis][0] = same ? rest : before ? fraction : zero;
-    at.weight[axis][1] = upper ? fraction : after ? rest : zero;
-    at.slope[axis][0] = same ? splat(-1.0f) : before ? splat(1.0f) : zero;
-    at.slope[axis][1] = upper ? splat(1.0f) : after ? splat(-1.0f) : zero;
-  }
+VOXTRAST_INLINE void locate_along(const Volume<D>& volume, const float* displacement, Integers wanted,
+                                  const Cells<D>& cells, int axis, int64_t n, Located<D>& at) {
+  const float* component = displacement + volume.component[axis] * volume.points + cells.first;
+  const auto [whole, usable, fraction] = split(load_up_to<Float32>(component, n, cells.count), wanted);
+  const Integers here = *reinterpret_cast<const UnalignedIntegers*>(cells.coordinate[axis] + n);
+  const Integers lower = here + whole;
+  const int32_t size = static_cast<int32_t>(volume.size[axis]);
+  const Integers base = clamp(lower, 0, size > 1 ? size - 2 : 0);
+  // The cell itself, or the one before or after it: then one of the corners is inside.
+  const Integers same = (lower == base) & usable, before = (lower + 1 == base) & usable;
+  const Integers wide = Integers{} - static_cast<int32_t>(size > 1);
+  const Integers after = (lower - 1 == base) & usable & wide, upper = same & wide;
+  const Vector rest = 1.0f - fraction, zero = {};
+  at.base[axis] = base;
+  at.weight[axis][0] = same ? rest : before ? fraction : zero;
+  at.weight[axis][1] = upper ? fraction : after ? rest : zero;
+  at.slope[axis][0] = same ? splat(-1.0f) : before ? splat(1.0f) : zero;
+  at.slope[axis][1] = upper ? splat(1.0f) : after ? splat(-1.0f) : zero;
 }
 
 template <int D>
@@ -131,49 +149,52 @@ VOXTRAST_INLINE void take(const Volume<D>& volume, int64_t first, Cells<D>& cell
 }
 
 template <int D>
-VOXTRAST_INLINE void store_base(const Volume<D>& volume, const Slab& slab, const Integers (&base)[D], int64_t* to) {
-  if (volume.points < (int64_t(1) << 30)) {
-    Integers sum = base[D - 1] - static_cast<int32_t>(slab.origin);
+VOXTRAST_INLINE void store_base(const Volume<D>& volume, const Integers (&base)[D], int64_t* to) {
+  if (volume.points < (int64_t(1) << 31)) {
+    Integers sum = base[D - 1];
+#pragma GCC unroll 2
     for (int axis = 0; axis < D - 1; ++axis) sum += base[axis] * static_cast<int32_t>(volume.stride[axis]);
+#pragma GCC unroll 16
     for (int lane = 0; lane < kLanes; ++lane) to[lane] = sum[lane];
     return;
   }
   for (int lane = 0; lane < kLanes; ++lane) {
-    to[lane] = -slab.origin;
+    to[lane] = 0;
     for (int axis = 0; axis < D; ++axis) to[lane] += base[axis][lane] * volume.stride[axis];
   }
+}
+
+template <int D>
+VOXTRAST_INLINE void store_weights(const Located<D>& at, int64_t n, Cells<D>& cells) {
+  Vector all = {};
+#pragma GCC unroll 4
+  for (int row = 0; row < 1 << (D - 1); ++row) {
+    Vector share = at.weight[0][D == 2 ? row : row >> 1];
+    if constexpr (D == 3) share *= at.weight[1][row & 1];
+    const Vector first = share * at.weight[D - 1][0], second = share * at.weight[D - 1][1];
+    all += first + second;
+    store(cells.weight[row] + 2 * n, first_pairs(first, second, AllLanes{}));
+    store(cells.weight[row] + 2 * n + kLanes, last_pairs(first, second, AllLanes{}));
+  }
+  store(cells.start + n, all != 0.0f ? splat(-0.0f) : Vector{});
 }
 
 template <int D>
 void locate(const Volume<D>& volume, const float* displacement, const float* mask, const Slab& slab, int64_t first,
             Cells<D>& cells) {
   take(volume, first, cells);
-  const int32_t begin = static_cast<int32_t>(slab.begin), end = static_cast<int32_t>(slab.end);
+  const float* weights = mask == nullptr ? nullptr : mask + first;
+  const int32_t begin = static_cast<int32_t>(slab.begin) - 1, end = static_cast<int32_t>(slab.end);
   for (int64_t n = 0; n < cells.count; n += kLanes) {
     Located<D> at;
-    locate_lanes(volume, displacement, mask, cells, n, at);
-    const Integers lower = at.base[0], upper = lower + 1;
-    at.weight[0][0] = (lower >= begin) & (lower < end) ? at.weight[0][0] : Vector{};
-    at.weight[0][1] = (upper >= begin) & (upper < end) ? at.weight[0][1] : Vector{};
-    at.base[0] = clamp(lower, begin - 1, end - 1);
-    store_base(volume, slab, at.base, cells.base + n);
-    Integers inside = {};
-#pragma GCC unroll 4
-    for (int row = 0; row < 1 << (D - 1); ++row) {
-      Vector share = at.weight[0][D == 2 ? row : row >> 1];
-      if constexpr (D == 3) share *= at.weight[1][row & 1];
-      Vector pair[2];
+    const Integers wanted = live(weights, n, cells.count);
+    locate_along(volume, displacement, wanted, cells, 0, n, at);
+    cells.wanted[n / kLanes] = any((at.base[0] >= begin) & (at.base[0] < end));
+    if (!cells.wanted[n / kLanes]) continue;
 #pragma GCC unroll 2
-      for (int side = 0; side < 2; ++side) {
-        const Vector weight = share * at.weight[D - 1][side];
-        const Integers counts = weight != 0.0f;
-        inside |= counts;
-        pair[side] = counts ? weight : splat(-0.0f);
-      }
-      store(cells.weight[row] + 2 * n, first_pairs(pair[0], pair[1], AllLanes{}));
-      store(cells.weight[row] + 2 * n + kLanes, last_pairs(pair[0], pair[1], AllLanes{}));
-    }
-    store(cells.start + n, inside ? splat(-0.0f) : Vector{});
+    for (int axis = 1; axis < D; ++axis) locate_along(volume, displacement, wanted, cells, axis, n, at);
+    store_base(volume, at.base, cells.base + n);
+    store_weights(at, n, cells);
   }
 }
 
@@ -219,23 +240,31 @@ VOXTRAST_INLINE Vector interpolate_lanes(const Volume<D>& volume, const Cells<D>
       const int64_t place = n + half * kPairs;
       const Vector weight = load(cells.weight[row] + 2 * place);
       const Vector value = load_pairs<E>(plane + volume.step[row], cells.base + place, AllPairs{});
-      sum[half] = weight * (weight != 0.0f ? value : Vector{}) + sum[half];
+      sum[half] = weight * (weight != 0.0f ? value : splat(-0.0f)) + sum[half];
     }
   }
   return unpair<0>(sum[0], sum[1], AllLanes{}) + unpair<1>(sum[0], sum[1], AllLanes{}) + load(cells.start + n);
 }
 
 template <typename E, int D>
-void interpolate(const Volume<D>& volume, const Cells<D>& cells, const void* plane, float* values) {
+void interpolate(const Volume<D>& volume, const Cells<D>& cells, const void* plane, const void* next, float* values) {
   const auto* from = static_cast<const typename E::Storage*>(plane);
-  for (int64_t n = 0; n < cells.count; n += kLanes) store(values + n, interpolate_lanes<E>(volume, cells, from, n));
+  const auto* soon = static_cast<const typename E::Storage*>(next);
+  for (int64_t n = 0; n < cells.count; n += kLanes) {
+    if (!cells.wanted[n / kLanes]) continue;
+    prefetch<E>(volume, soon, cells.base + n);
+    store(values + n, interpolate_lanes<E>(volume, cells, from, n));
+  }
 }
 
 template <typename E, int D>
-void sample(const Volume<D>& volume, const Cells<D>& cells, const void* plane, const float* added, void* values) {
+void sample(const Volume<D>& volume, const Cells<D>& cells, const void* plane, const void* next, const float* added,
+            void* values) {
   const auto* from = static_cast<const typename E::Storage*>(plane);
+  const auto* soon = static_cast<const typename E::Storage*>(next);
   auto* to = static_cast<typename E::Storage*>(values);
   for (int64_t n = 0; n < cells.count; n += kLanes) {
+    prefetch<E>(volume, soon, cells.base + n);
     Vector value = interpolate_lanes<E>(volume, cells, from, n);
     if (added != nullptr) value += load_up_to<Float32>(added, n, cells.count);
     store_up_to<E>(to, n, cells.count, value);
@@ -243,10 +272,12 @@ void sample(const Volume<D>& volume, const Cells<D>& cells, const void* plane, c
 }
 
 template <typename E, int D>
-void collect(const Volume<D>& volume, const Cells<D>& cells, const void* plane, const float* gradient,
+void collect(const Volume<D>& volume, const Cells<D>& cells, const void* plane, const void* next, const float* gradient,
              Products<D>& product) {
   const auto* from = static_cast<const typename E::Storage*>(plane);
+  const auto* soon = static_cast<const typename E::Storage*>(next);
   for (int64_t n = 0; n < cells.count; n += kLanes) {
+    prefetch<E>(volume, soon, cells.base + n);
     const Vector factor = load(gradient + n);
     const Vector factors[2] = {first_pairs(factor, factor, AllLanes{}), last_pairs(factor, factor, AllLanes{})};
 #pragma GCC unroll 4
@@ -263,11 +294,15 @@ void collect(const Volume<D>& volume, const Cells<D>& cells, const void* plane, 
 }
 
 template <int D>
-void spread(const Volume<D>& volume, const Cells<D>& cells, const float* gradient, float* sums) {
+void spread(const Volume<D>& volume, const Cells<D>& cells, const Slab& slab, const float* gradient, float* sums,
+            const float* next) {
   constexpr int kRows = 1 << (D - 1);
-  typedef float Pair __attribute__((vector_size(8), may_alias));
+  typedef float Pair __attribute__((vector_size(8), aligned(4), may_alias));
   alignas(64) float share[kRows][2 * kLanes];
+  const int64_t begin = (slab.begin - 1) * volume.stride[0];
+  const uint64_t count = (slab.end - slab.begin + 1) * volume.stride[0];
   for (int64_t n = 0; n < cells.count; n += kLanes) {
+    if (!cells.wanted[n / kLanes]) continue;
     const Vector factor = load(gradient + n);
     const Vector factors[2] = {first_pairs(factor, factor, AllLanes{}), last_pairs(factor, factor, AllLanes{})};
 #pragma GCC unroll 4
@@ -279,7 +314,12 @@ void spread(const Volume<D>& volume, const Cells<D>& cells, const float* gradien
       }
     }
     for (int lane = 0; lane < kLanes; ++lane) {
-      float* at = sums + 2 * cells.base[n + lane];
+      const uint64_t place = static_cast<uint64_t>(cells.base[n + lane] - begin);
+      if (place >= count) continue;
+      float* at = sums + 2 * place;
+      if (lane % kPrefetched == 0)
+#pragma GCC unroll 4
+        for (int row = 0; row < kRows; ++row) __builtin_prefetch(next + 2 * place + 2 * volume.step[row], 1);
 #pragma GCC unroll 4
       for (int row = 0; row < kRows; ++row)
         *reinterpret_cast<Pair*>(at + 2 * volume.step[row]) += *reinterpret_cast<const Pair*>(share[row] + 2 * lane);
@@ -292,7 +332,9 @@ void differentiate(const Volume<D>& volume, const float* displacement, const flo
                    const Products<D>& product, float* gradient) {
   for (int64_t n = 0; n < cells.count; n += kLanes) {
     Located<D> at;
-    locate_lanes(volume, displacement, mask, cells, n, at);
+    const Integers wanted = live(mask == nullptr ? nullptr : mask + cells.first, n, cells.count);
+#pragma GCC unroll 3
+    for (int axis = 0; axis < D; ++axis) locate_along(volume, displacement, wanted, cells, axis, n, at);
     Vector sum[D] = {};
 #pragma GCC unroll 4
     for (int row = 0; row < 1 << (D - 1); ++row) {

@@ -51,6 +51,9 @@ struct Inputs {
   const float* mask_of(int64_t b) const { return mask + b * volume.points; }
   const float* displacement_of(int64_t b) const { return displacement + b * D * volume.points; }
 
+  const T* plane_of_moving(int64_t b, int64_t c) const { return moving + (b * channels + c) * volume.points; }
+  const T* next_of_moving(int64_t b, int64_t c) const { return plane_of_moving(b, c + 1 < channels ? c + 1 : c); }
+
   // Whether any point of a block has weight.
   bool counts(int64_t b, int64_t first) const {
     const float *weight = mask_of(b) + first, *end = mask_of(b) + std::min(first + kBlock, volume.points);
@@ -67,7 +70,7 @@ struct Inputs {
   }
 
   void warp_moving(const Cells<D>& cells, int64_t b, int64_t c, float* to) const {
-    point_path<D>().of[kElement<T>].interpolate(volume, cells, moving + (b * channels + c) * volume.points, to);
+    point_path<D>().of[kElement<T>].interpolate(volume, cells, plane_of_moving(b, c), next_of_moving(b, c), to);
   }
 
   // Warps every channel at the points of a block into warped, each `step` floats after the one before, and sums the
@@ -151,7 +154,8 @@ class PointGradients {
                                                    to_.fixed + plane + cells_.first);
     if (to_.displacement == nullptr) return;
     warp_path().of[kElement<float>].write_difference(along_, here_, radial_warped_, warped, cells_.count, gradient_);
-    point_path<D>().of[kElement<T>].collect(in_.volume, cells_, in_.moving + plane, gradient_, product_);
+    point_path<D>().of[kElement<T>].collect(in_.volume, cells_, in_.plane_of_moving(b, c), in_.next_of_moving(b, c),
+                                            gradient_, product_);
   }
 
   void clear(int64_t b, int64_t first, int64_t count) {
@@ -189,7 +193,7 @@ void backward_points(const Inputs<T, D>& in, float factor, const Gradients<T>& t
 template <typename T, int D>
 void backward_moving(const Inputs<T, D>& in, const float* slopes, T* grad_moving) {
   const int64_t points = in.volume.points;
-  scatter<T, D, true>(in.volume, in.batch, in.channels, in.displacement, in.mask, grad_moving,
+  scatter<T, D>(in.volume, in.batch, in.channels, in.displacement, in.mask, grad_moving,
                       [&](const Cells<D>& cells, int64_t b, int64_t c, float* gradient) {
                         float here[kBlock], warped[kBlock];
                         const float* along = slopes + 2 * b * points + cells.first;
