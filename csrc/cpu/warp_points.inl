@@ -41,7 +41,9 @@ VOXTRAST_INLINE Vector unpair(Vector first, Vector last, Lanes<Lane...>) {
 // The pairs of elements at plane + base[0], plane + base[1] ...
 typedef double Loose64 __attribute__((aligned(4), may_alias));
 typedef int32_t Loose32 __attribute__((aligned(2), may_alias));
-typedef int32_t HalfIntegers __attribute__((vector_size(kLanes * 2)));
+typedef int32_t HalfIntegers __attribute__((vector_size(kLanes * 2), may_alias));
+typedef int64_t Longs __attribute__((vector_size(kLanes * 4)));
+typedef Longs UnalignedLongs __attribute__((aligned(8), may_alias));
 
 template <typename E, int... Pair>
 VOXTRAST_INLINE Vector load_pairs(const typename E::Storage* plane, const int64_t* base, Lanes<Pair...>) {
@@ -79,8 +81,7 @@ VOXTRAST_INLINE Integers live(const float* mask, int64_t n, int64_t count) {
 }
 
 VOXTRAST_INLINE bool any(Integers lanes) {
-  typedef int64_t Halves __attribute__((vector_size(kLanes * 4)));
-  const Halves halves = reinterpret_cast<Halves>(lanes);
+  const Longs halves = reinterpret_cast<Longs>(lanes);
   int64_t found = 0;
 #pragma GCC unroll 8
   for (int lane = 0; lane < kPairs; ++lane) found |= halves[lane];
@@ -154,8 +155,10 @@ VOXTRAST_INLINE void store_base(const Volume<D>& volume, const Integers (&base)[
     Integers sum = base[D - 1];
 #pragma GCC unroll 2
     for (int axis = 0; axis < D - 1; ++axis) sum += base[axis] * static_cast<int32_t>(volume.stride[axis]);
-#pragma GCC unroll 16
-    for (int lane = 0; lane < kLanes; ++lane) to[lane] = sum[lane];
+    // By halves: of a whole vector the compiler would take one lane after the other.
+    const auto [low, high] = *reinterpret_cast<const HalfIntegers(*)[2]>(&sum);
+    *reinterpret_cast<UnalignedLongs*>(to) = __builtin_convertvector(low, Longs);
+    *reinterpret_cast<UnalignedLongs*>(to + kPairs) = __builtin_convertvector(high, Longs);
     return;
   }
   for (int lane = 0; lane < kLanes; ++lane) {
