@@ -1,4 +1,5 @@
-// Numbers of 16 bits as vectors of floats, and back. To be included after registers.inl.
+// Numbers of 16 bits as vectors of floats, and back. To be included after registers.inl, and for AVX-512 immintrin.h
+// before target_avx512.h.
 
 namespace voxtrast {
 namespace {
@@ -30,6 +31,15 @@ struct BFloat16 {
 struct Float16 {
   typedef uint16_t Storage;
 
+#if VOXTRAST_LANES == 16
+  static VOXTRAST_INLINE Vector widen(Shorts shorts) {
+    return reinterpret_cast<Vector>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(shorts)));
+  }
+  static VOXTRAST_INLINE Shorts narrow(Vector value) {
+    constexpr int kToNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return reinterpret_cast<Shorts>(_mm512_cvtps_ph(reinterpret_cast<__m512>(value), kToNearest));
+  }
+#else
   static VOXTRAST_INLINE Vector widen(Shorts shorts) {
     const Bits bits = __builtin_convertvector(shorts, Bits);
     const Bits size = (bits & 0x7fff) << 13, exponent = size & 0x0f800000;
@@ -46,6 +56,7 @@ struct Float16 {
     const Bits beyond = size > 0x7f800000 ? zero + 0x7e00 : zero + 0x7c00;
     return __builtin_convertvector((size >= 0x477ff000 ? beyond : finite) | (bits >> 16 & 0x8000), Shorts);
   }
+#endif
 };
 
 template <typename E>

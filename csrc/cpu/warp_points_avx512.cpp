@@ -2,6 +2,8 @@
 #include "warp_points.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #define VOXTRAST_PATH kAvx512Warp
 
 #include "target_avx512.h"
