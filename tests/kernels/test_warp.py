@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from voxtrast.kernels import warp, warp_reference
 
-SIZES = [(7, 5), (1, 1), (1, 9), (6, 7, 5), (1, 1, 1), (13, 1, 8), (9, 33, 17)]
+SIZES = [(7, 5), (1, 1), (1, 9), (6, 1), (6, 7, 5), (1, 1, 1), (13, 1, 8), (5, 7, 1), (6, 1, 1), (9, 33, 17)]
 LOW = [torch.bfloat16, torch.float16]
 
 
@@ -26,6 +26,12 @@ def test_value_and_gradients_match_float64(sizes: tuple[int, ...], dtype: torch.
     image, displacement = make(sizes, dtype=dtype)
     gradient = torch.randn(image.shape).to(dtype)
     assert_operator_accurate(warp, warp_reference, (image, displacement), gradient)
+
+
+@pytest.mark.parametrize("channels", [1, 11])
+def test_points_that_land_far_apart_match_float64(channels: int) -> None:
+    image, displacement = make((40, 24, 23), channels=channels, amplitude=12.0)
+    assert_operator_accurate(warp, warp_reference, (image, displacement), torch.randn(image.shape))
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -155,9 +161,10 @@ def test_only_the_gradients_that_are_asked_for(asking: tuple[bool, bool]) -> Non
     assert torch.equal(one[1], both[1] if asking[0] else both[2])
 
 
+@pytest.mark.parametrize("amplitude", [2.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
-    image, displacement = make((24, 25, 26), channels=5, dtype=dtype)
+def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype, amplitude: float) -> None:
+    image, displacement = make((24, 25, 26), channels=5, dtype=dtype, amplitude=amplitude)
     gradient = torch.randn(image.shape)
     results = []
     for threads in (1, 2, 3):
