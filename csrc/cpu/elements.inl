@@ -43,7 +43,8 @@ struct Float16 {
   static VOXTRAST_INLINE Vector widen(Shorts shorts) {
     const Bits bits = __builtin_convertvector(shorts, Bits);
     const Bits size = (bits & 0x7fff) << 13, exponent = size & 0x0f800000;
-    const Vector normal = as_floats(size + (exponent == 0x0f800000 ? size * 0 + (224u << 23) : size * 0 + (112u << 23)));
+    const Bits zero = {}, shift = exponent == 0x0f800000 ? zero + (224u << 23) : zero + (112u << 23);
+    const Vector normal = as_floats(size + shift);
     const Vector least = splat(0x1p-14f);
     const Vector small = as_floats(size + as_bits(least)) - least;
     return as_floats(as_bits(exponent == 0 ? small : normal) | (bits & 0x8000) << 16);

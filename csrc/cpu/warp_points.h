@@ -56,7 +56,8 @@ struct PointPath {
                 int32_t* high);
 
   // Adds the transpose of the interpolation: sums (pairs) holds what the cell at each voxel gives to that voxel and to
-  // the next, from the voxels before the slab to those behind it, which get a part of their sums alone. Pairs of neighbours do not overlap in memory; an addition need not wait for the one before.
+  // the next, from the voxels before the slab to those behind it, which get a part of their sums alone. Pairs of
+  // neighbours do not overlap in memory; an addition need not wait for the one before.
   void (*spread)(const Volume<D>&, const Cells<D>&, const Slab&, const float* gradient, float* sums, const float* next);
 
   // Gradient of the displacement (D, points) from the collected products.
@@ -96,7 +97,8 @@ struct WarpPath {
   // Cosine of each point from those sums (norms are squared), or 0 where a vector has no direction.
   void (*cosines)(const float* dot, const float* fixed_norm, const float* warped_norm, int64_t count, float* cosine);
 
-  // d loss / d fixed = along * warped - radial_fixed * fixed;  d loss / d warped = along * fixed - radial_warped * warped
+  // d loss / d fixed = along * warped - radial_fixed * fixed
+  // d loss / d warped = along * fixed - radial_warped * warped
   // where d loss / d cosine is `gradient`.
   void (*slopes)(const float* dot, const float* fixed_norm, const float* warped_norm, const float* gradient,
                  int64_t count, float* along, float* radial_fixed, float* radial_warped);

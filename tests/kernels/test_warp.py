@@ -1,4 +1,7 @@
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -172,6 +175,20 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype, amplitude
         results.append(gradients(warp, (image, displacement), gradient))
     for other in results[1:]:
         assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("path", ["avx512", "avx2", "portable"])
+def test_every_path_of_the_compiled_code_is_as_accurate(path: str) -> None:
+    """A processor without a path takes the next one, which is then measured twice."""
+    tests = "test_value_and_gradients or test_points_that_land or bit_for_bit"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", tests],
+        env=os.environ | {"VOXTRAST_CPU": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout
 
 
 @pytest.mark.parametrize("sizes", [(4, 3), (2, 2, 3)], ids=str)
