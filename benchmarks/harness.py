@@ -44,14 +44,15 @@ class Case:
     other_work: frozenset[str] = frozenset()  # providers that compute something else, timed for orientation
 
 
-def gradients_of(loss: Callable[..., Tensor], *inputs: Tensor) -> Step:
-    """A step: the loss of the inputs, and the gradients of those that ask for one."""
+def gradients_of(loss: Callable[..., Tensor], *inputs: Tensor, upstream: Tensor | None = None) -> Step:
+    """A step: the loss of the inputs, and the gradients of those that ask for one. What is no scalar needs `upstream`,
+    its gradient."""
     asked = [tensor for tensor in inputs if tensor.requires_grad]
 
     def step() -> Sequence[Tensor]:
         for tensor in asked:
             tensor.grad = None
-        loss(*inputs).backward()
+        loss(*inputs).backward(upstream)
         return [_gradient(tensor) for tensor in asked]
 
     return step

@@ -11,7 +11,16 @@ import torch
 from ..harness import REFUSED, append, peak_memory_mb, run, table
 from ..machine import machine, measure_rates, results_file
 from ..place import DTYPES, choose_place
-from . import bank_info_nce, info_nce, local_correlation, nt_xent, positional_info_nce, vector_pyramid
+from . import (
+    bank_info_nce,
+    info_nce,
+    local_correlation,
+    nt_xent,
+    positional_info_nce,
+    vector_pyramid,
+    warp,
+    warped_cosine_loss,
+)
 from .plot import SUBJECTS, draw, read_lines
 
 OPS: dict[str, Any] = {
@@ -21,6 +30,8 @@ OPS: dict[str, Any] = {
     "bank_info_nce": bank_info_nce,
     "local_correlation": local_correlation,
     "vector_pyramid": vector_pyramid,
+    "warp": warp,
+    "warped_cosine_loss": warped_cosine_loss,
 }
 MODULE = "voxtrast.benchmarks.kernels"
 

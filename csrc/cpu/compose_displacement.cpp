@@ -10,14 +10,15 @@ namespace {
 using torch::stable::Tensor;
 
 Tensor compose_displacement(const Tensor& outer_given, const Tensor& inner_given) {
-  const Tensor outer = torch::stable::contiguous(outer_given);
+  const Tensor outer = readable_in_pairs(outer_given);
   const Tensor inner = torch::stable::contiguous(inner_given);
-  Tensor output = torch::stable::new_empty(outer, outer.sizes());
-  with_dimensions(outer, "outer", [&](auto dimensions) {
+  Tensor output = new_result(outer_given);
+  with_dimensions(outer_given, "outer", [&](auto dimensions) {
     constexpr int D = decltype(dimensions)::value;
-    STD_TORCH_CHECK(outer.size(1) == D, "voxtrast: outer must have ", D, " components, got ", outer.size(1));
-    float_data(outer, inner.numel(), "outer");
-    sample<float, D, true>(outer, inner, output.mutable_data_ptr<float>());
+    STD_TORCH_CHECK(outer_given.size(1) == D, "voxtrast: outer must have ", D, " components, got ",
+                    outer_given.size(1));
+    float_data(outer_given, inner.numel(), "outer");
+    sample<float, D, true>(outer, outer_given.sizes(), inner, output.mutable_data_ptr<float>());
   });
   return output;
 }

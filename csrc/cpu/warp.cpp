@@ -12,14 +12,14 @@ namespace {
 using torch::stable::Tensor;
 
 Tensor warp(const Tensor& image_given, const Tensor& displacement_given, bool) {
-  const Tensor image = torch::stable::contiguous(image_given);
+  const Tensor image = readable_in_pairs(image_given);
   const Tensor displacement = torch::stable::contiguous(displacement_given);
-  Tensor output = torch::stable::new_empty(image, image.sizes());
-  with_dimensions(image, "image", [&](auto dimensions) {
+  Tensor output = new_result(image_given);
+  with_dimensions(image_given, "image", [&](auto dimensions) {
     constexpr int D = decltype(dimensions)::value;
     with_element_type(image, "image", [&](auto element) {
       using T = decltype(element);
-      sample<T, D, false>(image, displacement, output.mutable_data_ptr<T>());
+      sample<T, D, false>(image, image_given.sizes(), displacement, output.mutable_data_ptr<T>());
     });
   });
   return output;
@@ -27,27 +27,26 @@ Tensor warp(const Tensor& image_given, const Tensor& displacement_given, bool) {
 
 // Parallel over blocks of points, each of which is written by one thread alone.
 template <typename T, int D>
-void differentiate_displacement(const Tensor& grad_output, const Tensor& image, const Tensor& displacement,
-                                float* grad_displacement) {
-  const Grid<D> grid(image.sizes());
-  const int64_t batch = image.size(0), channels = image.size(1), blocks = grid.blocks();
-  const float* shift = float_data(displacement, batch * D * grid.points, "displacement");
-  const T* values = image.const_data_ptr<T>();
-  const T* gradients = grad_output.const_data_ptr<T>();
-  torch::stable::parallel_for(0, batch * blocks, grain(kBlock * channels), [&](int64_t begin, int64_t end) {
-    Block<D> block;
-    float product[Block<D>::kCorners][kBlock];
+void differentiate_displacement(const Volume<D>& volume, int64_t batch, int64_t channels, const T* gradients,
+                                const T* values, const float* displacement, float* grad_displacement) {
+  const PointPath<D>& path = point_path<D>();
+  const int64_t count = blocks(volume), points = volume.points;
+  torch::stable::parallel_for(0, batch * count, grain(kBlock * channels), [&](int64_t begin, int64_t end) {
+    Cells<D> cells;
+    Products<D> product;
+    float gradient[kBlock];
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / blocks;
-      block.take(grid, item % blocks * kBlock, nullptr);
-      block.locate(grid, shift + b * D * grid.points);
-      std::fill(&product[0][0], &product[0][0] + Block<D>::kCorners * kBlock, 0.0f);
+      const int64_t b = item / count, first = item % count * kBlock;
+      const float* shift = displacement + b * D * points;
+      path.locate(volume, shift, nullptr, whole(volume), first, cells);
+      std::memset(product, 0, sizeof(product));
       for (int64_t c = 0; c < channels; ++c) {
-        const int64_t plane = (b * channels + c) * grid.points;
-        for (int64_t n = 0; n < block.count; ++n)
-          block.collect(values + plane, n, static_cast<float>(gradients[plane + block.position[n]]), product);
+        const int64_t plane = (b * channels + c) * points;
+        warp_path().of[kElement<T>].read(gradients + plane + first, nullptr, cells.count, gradient);
+        const T* next = values + plane + (c + 1 < channels ? points : 0);
+        path.of[kElement<T>].collect(volume, cells, values + plane, next, gradient, product);
       }
-      block.differentiate(grid, product, grad_displacement + b * D * grid.points);
+      path.differentiate(volume, shift, nullptr, cells, product, grad_displacement + b * D * points);
     }
   });
 }
@@ -57,32 +56,29 @@ std::tuple<Tensor, Tensor> warp_backward(const Tensor& grad_given, const Tensor&
                                          const Tensor& displacement_given, bool need_image, bool need_displacement,
                                          bool) {
   const Tensor grad_output = torch::stable::contiguous(grad_given);
-  const Tensor image = torch::stable::contiguous(image_given);
+  const Tensor image = readable_in_pairs(image_given);
   const Tensor displacement = torch::stable::contiguous(displacement_given);
-  STD_TORCH_CHECK(grad_output.scalar_type() == image.scalar_type() && grad_output.numel() == image.numel(),
+  STD_TORCH_CHECK(grad_output.scalar_type() == image.scalar_type() && grad_output.numel() == image_given.numel(),
                   "voxtrast: grad_output must have the shape and type of image");
-  Tensor grad_image = need_image ? torch::stable::new_zeros(image, image.sizes())
-                                 : torch::stable::new_empty(image, {0});
-  Tensor grad_displacement = need_displacement ? torch::stable::new_empty(displacement, displacement.sizes())
-                                               : torch::stable::new_empty(displacement, {0});
-  with_dimensions(image, "image", [&](auto dimensions) {
+  Tensor grad_image = new_result(image_given, need_image);
+  Tensor grad_displacement = new_result(displacement, need_displacement);
+  with_dimensions(image_given, "image", [&](auto dimensions) {
     constexpr int D = decltype(dimensions)::value;
     with_element_type(image, "image", [&](auto element) {
       using T = decltype(element);
-      if (need_image) {
-        const Grid<D> grid(image.sizes());
-        const int64_t channels = image.size(1);
-        const float* shift = float_data(displacement, image.size(0) * D * grid.points, "displacement");
-        const T* gradients = grad_output.const_data_ptr<T>();
-        scatter<T, D>(grid, image.size(0), channels, shift, nullptr, grad_image.mutable_data_ptr<T>(),
-                      [&](const Block<D>& block, int64_t b, int64_t c, float* gradient) {
-                        const T* plane = gradients + (b * channels + c) * grid.points;
-                        for (int64_t n = 0; n < block.count; ++n)
-                          gradient[n] = static_cast<float>(plane[block.position[n]]);
+      const Volume<D> volume = make_volume<D>(image_given.sizes());
+      const int64_t batch = image_given.size(0), channels = image_given.size(1);
+      const float* shift = float_data(displacement, batch * D * volume.points, "displacement");
+      const T* gradients = grad_output.const_data_ptr<T>();
+      if (need_image)
+        scatter<T, D>(volume, batch, channels, shift, nullptr, grad_image.mutable_data_ptr<T>(),
+                      [&](const Cells<D>& cells, int64_t b, int64_t c, float* gradient) {
+                        const T* plane = gradients + (b * channels + c) * volume.points;
+                        warp_path().of[kElement<T>].read(plane + cells.first, nullptr, cells.count, gradient);
                       });
-      }
       if (need_displacement)
-        differentiate_displacement<T, D>(grad_output, image, displacement, grad_displacement.mutable_data_ptr<float>());
+        differentiate_displacement<T, D>(volume, batch, channels, gradients, image.const_data_ptr<T>(), shift,
+                                         grad_displacement.mutable_data_ptr<float>());
     });
   });
   return {grad_image, grad_displacement};

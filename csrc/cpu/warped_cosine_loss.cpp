@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cmath>
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -18,27 +18,15 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Shorter vectors have no direction. The same number stands in kernels/warped_cosine_loss.py.
-constexpr float kMinimumNorm = 1e-6f;
-
 // Dot product and squared norms of the two vectors of every point of a block.
-struct Products {
+struct Sums {
   float dot[kBlock], fixed[kBlock], warped[kBlock];
-
-  // Cosine, or 0 where a vector has no direction; sets norms to the product of the norms.
-  float cosine(int64_t n, float& norms) const {
-    constexpr float minimum = kMinimumNorm * kMinimumNorm;
-    norms = 0.0f;
-    if (fixed[n] < minimum || warped[n] < minimum) return 0.0f;
-    norms = std::sqrt(fixed[n]) * std::sqrt(warped[n]);
-    return dot[n] / norms;
-  }
 };
 
 template <typename T, int D>
 struct Inputs {
   Tensor fixed_map, moving_map, displacement_field, mask_map;
-  Grid<D> grid;
+  Volume<D> volume;
   int64_t batch, channels;
   const T *fixed, *moving;
   const float *displacement, *mask;
@@ -46,122 +34,174 @@ struct Inputs {
   Inputs(const Tensor& fixed_given, const Tensor& moving_given, const Tensor& displacement_given,
          const Tensor& mask_given)
       : fixed_map(torch::stable::contiguous(fixed_given)),
-        moving_map(torch::stable::contiguous(moving_given)),
+        moving_map(readable_in_pairs(moving_given)),
         displacement_field(torch::stable::contiguous(displacement_given)),
         mask_map(torch::stable::contiguous(mask_given)),
-        grid(fixed_map.sizes()),
+        volume(make_volume<D>(fixed_map.sizes())),
         batch(fixed_map.size(0)),
         channels(fixed_map.size(1)) {
-    STD_TORCH_CHECK(fixed_map.scalar_type() == moving_map.scalar_type() && fixed_map.numel() == moving_map.numel(),
+    STD_TORCH_CHECK(fixed_map.scalar_type() == moving_map.scalar_type() && fixed_map.numel() == moving_given.numel(),
                     "voxtrast: fixed and moving must have one shape and type");
     fixed = fixed_map.template const_data_ptr<T>();
     moving = moving_map.template const_data_ptr<T>();
-    displacement = float_data(displacement_field, batch * D * grid.points, "displacement");
-    mask = float_data(mask_map, batch * grid.points, "mask");
+    displacement = float_data(displacement_field, batch * D * volume.points, "displacement");
+    mask = float_data(mask_map, batch * volume.points, "mask");
   }
 
-  void prepare(Block<D>& block, int64_t b, int64_t first) const {
-    block.take(grid, first, mask + b * grid.points);
-    block.locate(grid, displacement + b * D * grid.points);
+  const float* mask_of(int64_t b) const { return mask + b * volume.points; }
+  const float* displacement_of(int64_t b) const { return displacement + b * D * volume.points; }
+
+  const T* plane_of_moving(int64_t b, int64_t c) const { return moving + (b * channels + c) * volume.points; }
+  const T* next_of_moving(int64_t b, int64_t c) const { return plane_of_moving(b, c + 1 < channels ? c + 1 : c); }
+
+  // Whether any point of a block has weight.
+  bool counts(int64_t b, int64_t first) const {
+    const float *weight = mask_of(b) + first, *end = mask_of(b) + std::min(first + kBlock, volume.points);
+    return std::any_of(weight, end, [](float value) { return value != 0.0f; });
   }
 
-  // Warps every channel at the points of a block into warped (channels, kBlock), and sums the products over them.
-  void multiply(const Block<D>& block, int64_t b, float* warped, Products& products) const {
-    std::fill(products.dot, products.dot + kBlock, 0.0f);
-    std::fill(products.fixed, products.fixed + kBlock, 0.0f);
-    std::fill(products.warped, products.warped + kBlock, 0.0f);
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t plane = (b * channels + c) * grid.points;
-      for (int64_t n = 0; n < block.count; ++n) warped[n] = block.interpolate(moving + plane, n);
-      for (int64_t n = 0; n < block.count; ++n) {
-        const float here = static_cast<float>(fixed[plane + block.position[n]]);
-        products.dot[n] += here * warped[n];
-        products.fixed[n] += here * here;
-        products.warped[n] += warped[n] * warped[n];
-      }
-      warped += kBlock;
+  void locate(int64_t b, int64_t first, Cells<D>& cells) const {
+    point_path<D>().locate(volume, displacement_of(b), mask_of(b), whole(volume), first, cells);
+  }
+
+  void read_fixed(const Cells<D>& cells, int64_t b, int64_t c, float* to) const {
+    const T* from = fixed + (b * channels + c) * volume.points + cells.first;
+    warp_path().of[kElement<T>].read(from, mask_of(b) + cells.first, cells.count, to);
+  }
+
+  void warp_moving(const Cells<D>& cells, int64_t b, int64_t c, float* to) const {
+    point_path<D>().of[kElement<T>].interpolate(volume, cells, plane_of_moving(b, c), next_of_moving(b, c), to);
+  }
+
+  // Warps every channel at the points of a block into warped, each `step` floats after the one before, and sums the
+  // products over them.
+  void multiply(const Cells<D>& cells, int64_t b, float* warped, int64_t step, Sums& sums) const {
+    float here[kBlock];
+    std::memset(&sums, 0, sizeof(sums));
+    for (int64_t c = 0; c < channels; ++c, warped += step) {
+      warp_moving(cells, b, c, warped);
+      read_fixed(cells, b, c, here);
+      warp_path().add_products(here, warped, cells.count, sums.dot, sums.fixed, sums.warped);
     }
   }
 };
 
 template <typename T, int D>
 void forward(const Inputs<T, D>& in, float* loss, float* mask_sum) {
-  const auto [sum, total] =
-      reduce(in.batch, in.grid.points, in.channels * 8, [&](int64_t b, int64_t first, int64_t last, Partial& partial) {
-        Block<D> block;
-        Products products;
-        std::vector<float> warped(in.channels * kBlock);
-        for (; first < last; first += kBlock) {
-          in.prepare(block, b, first);
-          in.multiply(block, b, warped.data(), products);
-          for (int64_t n = 0; n < block.count; ++n) {
-            float norms;
-            const double weight = in.mask[b * in.grid.points + block.position[n]];
-            partial.lane[0] += weight * products.cosine(n, norms);
-            partial.weight_lane[0] += weight;
-          }
-        }
-      });
+  const auto work = [&](int64_t b, int64_t first, int64_t last, Partial& partial) {
+    Cells<D> cells;
+    Sums sums;
+    float warped[kBlock], cosine[kBlock];
+    for (; first < last; first += kBlock) {
+      if (!in.counts(b, first)) continue;
+      in.locate(b, first, cells);
+      in.multiply(cells, b, warped, 0, sums);
+      warp_path().cosines(sums.dot, sums.fixed, sums.warped, cells.count, cosine);
+      for (int64_t n = 0; n < cells.count; ++n) {
+        const double weight = in.mask_of(b)[first + n];
+        partial.lane[n % kLanes] += weight * cosine[n];
+        partial.weight_lane[n % kLanes] += weight;
+      }
+    }
+  };
+  const auto [sum, total] = reduce(in.batch, in.volume.points, in.channels * 8, work);
   *loss = static_cast<float>(total == 0.0 ? 0.0 : 1.0 - sum / total);
   *mask_sum = static_cast<float>(total);
 }
 static_assert(kStretch % kBlock == 0, "a stretch of the sum is a whole number of blocks");
 
-// d loss / d fixed = along * warped - radial_fixed * fixed;  d loss / d warped = along * fixed - radial_warped * warped.
-struct Slopes {
-  float along, radial_fixed, radial_warped;
-
-  Slopes(const Products& products, int64_t n, float gradient) : along(0), radial_fixed(0), radial_warped(0) {
-    float norms;
-    const float cosine = products.cosine(n, norms);
-    if (norms == 0.0f) return;
-    along = gradient / norms;
-    radial_fixed = gradient * cosine / products.fixed[n];
-    radial_warped = gradient * cosine / products.warped[n];
-  }
+// What is needed of the gradients; null for none. slopes: (B, 2, points), `along` and `radial_warped` of every point,
+// which the gradient of moving is then spread from.
+template <typename T>
+struct Gradients {
+  T* fixed;
+  float *displacement, *slopes;
 };
 
-// What belongs to a point alone: gradients of fixed and displacement (null: not needed), and the slopes (2, points)
-// per item that the gradient of moving is then spread from (null: not needed). Each block has one writer.
+// The gradients at the points of a block. Nobody else writes them.
 template <typename T, int D>
-void backward_points(const Inputs<T, D>& in, float factor, T* grad_fixed, float* grad_displacement, float* slopes) {
-  const int64_t blocks = in.grid.blocks(), points = in.grid.points;
-  torch::stable::parallel_for(0, in.batch * blocks, grain(kBlock * in.channels), [&](int64_t begin, int64_t end) {
-    Block<D> block;
-    Products products;
-    float along[kBlock], radial_fixed[kBlock], radial_warped[kBlock];
-    float product[Block<D>::kCorners][kBlock];
-    std::vector<float> warped_maps(in.channels * kBlock);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / blocks;
-      in.prepare(block, b, item % blocks * kBlock);
-      in.multiply(block, b, warped_maps.data(), products);
-      for (int64_t n = 0; n < block.count; ++n) {
-        const int64_t p = block.position[n];
-        const Slopes slope(products, n, factor * in.mask[b * points + p]);
-        along[n] = slope.along;
-        radial_fixed[n] = slope.radial_fixed;
-        radial_warped[n] = slope.radial_warped;
-        if (slopes != nullptr) {
-          slopes[2 * b * points + p] = slope.along;
-          slopes[(2 * b + 1) * points + p] = slope.radial_warped;
-        }
-      }
-      std::fill(&product[0][0], &product[0][0] + Block<D>::kCorners * kBlock, 0.0f);
-      for (int64_t c = 0; c < in.channels; ++c) {
-        const int64_t plane = (b * in.channels + c) * points;
-        const float* warped = warped_maps.data() + c * kBlock;
-        for (int64_t n = 0; n < block.count; ++n) {
-          const int64_t p = plane + block.position[n];
-          const float fixed = static_cast<float>(in.fixed[p]);
-          if (grad_fixed != nullptr) grad_fixed[p] = static_cast<T>(along[n] * warped[n] - radial_fixed[n] * fixed);
-          if (grad_displacement != nullptr)
-            block.collect(in.moving + plane, n, along[n] * fixed - radial_warped[n] * warped[n], product);
-        }
-      }
-      if (grad_displacement != nullptr) block.differentiate(in.grid, product, grad_displacement + b * D * points);
+class PointGradients {
+ public:
+  PointGradients(const Inputs<T, D>& in, float factor, const Gradients<T>& to)
+      : in_(in), factor_(factor), to_(to), warped_(in.channels * kBlock) {}
+
+  void compute(int64_t b, int64_t first) {
+    const int64_t points = in_.volume.points, count = std::min(kBlock, points - first);
+    if (!in_.counts(b, first)) return clear(b, first, count);
+    in_.locate(b, first, cells_);
+    in_.multiply(cells_, b, warped_.data(), kBlock, sums_);
+    for (int64_t n = 0; n < count; ++n) here_[n] = factor_ * in_.mask_of(b)[first + n];
+    warp_path().slopes(sums_.dot, sums_.fixed, sums_.warped, here_, count, along_, radial_fixed_, radial_warped_);
+    if (to_.slopes != nullptr) {
+      std::copy(along_, along_ + count, to_.slopes + 2 * b * points + first);
+      std::copy(radial_warped_, radial_warped_ + count, to_.slopes + (2 * b + 1) * points + first);
     }
+    if (to_.fixed == nullptr && to_.displacement == nullptr) return;
+    if (to_.displacement != nullptr) std::memset(product_, 0, sizeof(product_));
+    for (int64_t c = 0; c < in_.channels; ++c) pass_on(b, c);
+    if (to_.displacement != nullptr)
+      point_path<D>().differentiate(in_.volume, in_.displacement_of(b), in_.mask_of(b), cells_, product_,
+                                    to_.displacement + b * D * points);
+  }
+
+ private:
+  void pass_on(int64_t b, int64_t c) {
+    const int64_t plane = (b * in_.channels + c) * in_.volume.points;
+    const float* warped = warped_.data() + c * kBlock;
+    in_.read_fixed(cells_, b, c, here_);
+    if (to_.fixed != nullptr)
+      warp_path().of[kElement<T>].write_difference(along_, warped, radial_fixed_, here_, cells_.count,
+                                                   to_.fixed + plane + cells_.first);
+    if (to_.displacement == nullptr) return;
+    warp_path().of[kElement<float>].write_difference(along_, here_, radial_warped_, warped, cells_.count, gradient_);
+    point_path<D>().of[kElement<T>].collect(in_.volume, cells_, in_.plane_of_moving(b, c), in_.next_of_moving(b, c),
+                                            gradient_, product_);
+  }
+
+  void clear(int64_t b, int64_t first, int64_t count) {
+    const int64_t points = in_.volume.points;
+    const auto fill = [&](auto* to, int64_t planes) {
+      if (to == nullptr) return;
+      for (int64_t plane = b * planes; plane < (b + 1) * planes; ++plane)
+        std::fill_n(to + plane * points + first, count, 0.0f);
+    };
+    fill(to_.fixed, in_.channels);
+    fill(to_.displacement, D);
+    fill(to_.slopes, 2);
+  }
+
+  const Inputs<T, D>& in_;
+  const float factor_;
+  const Gradients<T> to_;
+  Cells<D> cells_;
+  Sums sums_;
+  Products<D> product_;
+  float along_[kBlock], radial_fixed_[kBlock], radial_warped_[kBlock];
+  float here_[kBlock], gradient_[kBlock] = {};
+  std::vector<float> warped_;
+};
+
+template <typename T, int D>
+void backward_points(const Inputs<T, D>& in, float factor, const Gradients<T>& to) {
+  const int64_t count = blocks(in.volume);
+  torch::stable::parallel_for(0, in.batch * count, grain(kBlock * in.channels), [&](int64_t begin, int64_t end) {
+    const auto gradients = std::make_unique<PointGradients<T, D>>(in, factor, to);
+    for (int64_t item = begin; item < end; ++item) gradients->compute(item / count, item % count * kBlock);
   });
+}
+
+template <typename T, int D>
+void backward_moving(const Inputs<T, D>& in, const float* slopes, T* grad_moving) {
+  const int64_t points = in.volume.points;
+  scatter<T, D>(in.volume, in.batch, in.channels, in.displacement, in.mask, grad_moving,
+                      [&](const Cells<D>& cells, int64_t b, int64_t c, float* gradient) {
+                        float here[kBlock], warped[kBlock];
+                        const float* along = slopes + 2 * b * points + cells.first;
+                        in.read_fixed(cells, b, c, here);
+                        in.warp_moving(cells, b, c, warped);
+                        warp_path().of[kElement<float>].write_difference(along, here, along + points, warped,
+                                                                         cells.count, gradient);
+                      });
 }
 
 std::tuple<Tensor, Tensor> warped_cosine_loss(const Tensor& fixed, const Tensor& moving, const Tensor& displacement,
@@ -184,12 +224,9 @@ std::tuple<Tensor, Tensor, Tensor> warped_cosine_loss_backward(const Tensor& gra
                                                                const Tensor& mask, const Tensor& mask_sum,
                                                                bool need_fixed, bool need_moving,
                                                                bool need_displacement, bool) {
-  const auto zeros = [](const Tensor& like, bool needed) {
-    return needed ? torch::stable::new_zeros(like, like.sizes()) : torch::stable::new_empty(like, {0});
-  };
-  Tensor grad_fixed = zeros(fixed, need_fixed);
-  Tensor grad_moving = zeros(moving, need_moving);
-  Tensor grad_displacement = zeros(displacement, need_displacement);
+  Tensor grad_fixed = new_result(fixed, need_fixed);
+  Tensor grad_moving = new_result(moving, need_moving);
+  Tensor grad_displacement = new_result(displacement, need_displacement);
   const float total = *float_data(mask_sum, 1, "mask_sum");
   const float factor = total == 0.0f ? 0.0f : -*float_data(grad_loss, 1, "grad_loss") / total;
   with_dimensions(fixed, "fixed", [&](auto dimensions) {
@@ -197,23 +234,12 @@ std::tuple<Tensor, Tensor, Tensor> warped_cosine_loss_backward(const Tensor& gra
     with_element_type(fixed, "fixed", [&](auto element) {
       using T = decltype(element);
       const Inputs<T, D> in(fixed, moving, displacement, mask);
-      const int64_t points = in.grid.points;
-      std::vector<float> slopes(need_moving ? 2 * in.batch * points : 0);
-      backward_points(in, factor, need_fixed ? grad_fixed.mutable_data_ptr<T>() : nullptr,
-                      need_displacement ? grad_displacement.mutable_data_ptr<float>() : nullptr,
-                      need_moving ? slopes.data() : nullptr);
-      if (!need_moving) return;
-      scatter<T, D>(in.grid, in.batch, in.channels, in.displacement, in.mask, grad_moving.mutable_data_ptr<T>(),
-                    [&](const Block<D>& block, int64_t b, int64_t c, float* gradient) {
-                      const int64_t plane = (b * in.channels + c) * points;
-                      const float* along = slopes.data() + 2 * b * points;
-                      const float* radial = along + points;
-                      for (int64_t n = 0; n < block.count; ++n) {
-                        const int64_t p = block.position[n];
-                        gradient[n] = along[p] * static_cast<float>(in.fixed[plane + p]) -
-                                      radial[p] * block.interpolate(in.moving + plane, n);
-                      }
-                    });
+      std::vector<float> slopes(need_moving ? 2 * in.batch * in.volume.points : 0);
+      backward_points<T, D>(in, factor,
+                            {need_fixed ? grad_fixed.mutable_data_ptr<T>() : nullptr,
+                             need_displacement ? grad_displacement.mutable_data_ptr<float>() : nullptr,
+                             need_moving ? slopes.data() : nullptr});
+      if (need_moving) backward_moving(in, slopes.data(), grad_moving.mutable_data_ptr<T>());
     });
   });
   return {grad_fixed, grad_moving, grad_displacement};

@@ -15,6 +15,8 @@ from voxtrast.benchmarks.kernels import (
     peers,
     positional_info_nce,
     vector_pyramid,
+    warp,
+    warped_cosine_loss,
 )
 from voxtrast.benchmarks.kernels.__main__ import main
 from voxtrast.benchmarks.kernels.tile_loop import compiled_tile_loop_info_nce
@@ -37,6 +39,10 @@ RATES = Rates(flops=1e11, exponentials=1e9, bandwidth=1e10)
         (bank_info_nce, {"N": 8, "K": 40, "C": 16, "fixed_normalizer": 1}),
         pytest.param(local_correlation, SMALL_MAPS, marks=pytest.mark.slow),
         pytest.param(vector_pyramid, SMALL_PYRAMID, marks=pytest.mark.slow),
+        (warp, {"B": 2, "C": 3, "size": 20, "axes": 2, "compose": 0}),
+        (warp, {"B": 1, "C": 2, "size": 9, "axes": 3, "compose": 0}),
+        (warp, {"B": 1, "C": 3, "size": 9, "axes": 3, "compose": 1}),
+        (warped_cosine_loss, {"B": 1, "C": 4, "size": 9, "axes": 3}),
     ],
     ids=str,
 )

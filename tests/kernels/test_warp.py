@@ -1,4 +1,7 @@
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +13,7 @@ from torch.nn import functional
 
 from voxtrast.kernels import warp, warp_reference
 
-SIZES = [(7, 5), (1, 1), (1, 9), (6, 7, 5), (1, 1, 1), (13, 1, 8), (9, 33, 17)]
+SIZES = [(7, 5), (1, 1), (1, 9), (6, 1), (6, 7, 5), (1, 1, 1), (13, 1, 8), (5, 7, 1), (6, 1, 1), (9, 33, 17)]
 LOW = [torch.bfloat16, torch.float16]
 
 
@@ -26,6 +29,12 @@ def test_value_and_gradients_match_float64(sizes: tuple[int, ...], dtype: torch.
     image, displacement = make(sizes, dtype=dtype)
     gradient = torch.randn(image.shape).to(dtype)
     assert_operator_accurate(warp, warp_reference, (image, displacement), gradient)
+
+
+@pytest.mark.parametrize("channels", [1, 11])
+def test_points_that_land_far_apart_match_float64(channels: int) -> None:
+    image, displacement = make((40, 24, 23), channels=channels, amplitude=12.0)
+    assert_operator_accurate(warp, warp_reference, (image, displacement), torch.randn(image.shape))
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -155,9 +164,10 @@ def test_only_the_gradients_that_are_asked_for(asking: tuple[bool, bool]) -> Non
     assert torch.equal(one[1], both[1] if asking[0] else both[2])
 
 
+@pytest.mark.parametrize("amplitude", [2.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
-    image, displacement = make((24, 25, 26), channels=5, dtype=dtype)
+def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype, amplitude: float) -> None:
+    image, displacement = make((24, 25, 26), channels=5, dtype=dtype, amplitude=amplitude)
     gradient = torch.randn(image.shape)
     results = []
     for threads in (1, 2, 3):
@@ -165,6 +175,20 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
         results.append(gradients(warp, (image, displacement), gradient))
     for other in results[1:]:
         assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("path", ["avx512", "avx2", "portable"])
+def test_every_path_of_the_compiled_code_is_as_accurate(path: str) -> None:
+    """A processor without a path takes the next one, which is then measured twice."""
+    tests = "test_value_and_gradients or test_points_that_land or bit_for_bit"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", tests],
+        env=os.environ | {"VOXTRAST_CPU": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout
 
 
 @pytest.mark.parametrize("sizes", [(4, 3), (2, 2, 3)], ids=str)
