@@ -7,7 +7,7 @@
 # JUnit XML, the JSON lines and summary.txt. A step that fails or runs out of time stops no other; the exit code is 1
 # then. PYTHON chooses the interpreter, VOXTRAST_CHECK_SECONDS the time in all; VOXTRAST_COMMIT names the commit in
 # the results where there is no git. Named STEPs alone run, after versions and build: cuda_library gpu_tests small_sizes
-# memcheck racecheck bench_quick bench_info_nce bench_nt_xent bench_positional_info_nce bench_bank_info_nce.
+# memcheck racecheck bench_quick, and bench_OP for every operator that `voxtrast bench kernels --op` knows.
 # shellcheck disable=SC2329  # functions that run as steps are called by name
 set -u -o pipefail
 
@@ -157,7 +157,8 @@ for tool in memcheck racecheck; do
 done
 bench=("$ours" -m voxtrast.benchmarks.kernels --device cuda)
 step bench_quick 150 "${bench[@]}" --quick --output "$out/quick.jsonl"
-for op in info_nce nt_xent positional_info_nce bank_info_nce; do # a process each: a lost CUDA context loses one of them
+ops=(info_nce nt_xent positional_info_nce bank_info_nce local_correlation warp warped_cosine_loss vector_pyramid)
+for op in "${ops[@]}"; do # a process each: a lost CUDA context loses one of them
     step "bench_$op" 420 "${bench[@]}" --op "$op" --output "$out"
 done
 

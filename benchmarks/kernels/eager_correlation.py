@@ -1,4 +1,4 @@
-"""Local correlation, warping and the vector pyramid as one writes them in plain torch: what a user would have."""
+"""Local correlation and the vector pyramid as one writes them in plain torch: what a user would have."""
 
 import itertools
 import math
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from .warp import by_grid_sample
 
 Head = Callable[[Tensor], Tensor]
 
@@ -47,18 +49,13 @@ def unfold_correlation(query: Tensor, key: Tensor, radius: int, units: int) -> T
     return (share @ vectors).mean(1).movedim(-1, 1)
 
 
-def grid_sample_warp(image: Tensor, displacement: Tensor) -> Tensor:
-    """`torch.nn.functional.grid_sample`, with the grid that it wants."""
-    sizes = image.shape[2:]
-    axes = [torch.arange(size, dtype=displacement.dtype, device=image.device) for size in sizes]
-    points = torch.stack(torch.meshgrid(*axes, indexing="ij")) + displacement
-    extent = torch.tensor(sizes, dtype=points.dtype, device=image.device).sub(1).view(-1, *[1] * len(sizes))
-    grid = (2 * points / extent - 1).movedim(1, -1).flip(-1)
-    return functional.grid_sample(image, grid.to(image.dtype), align_corners=True)
-
-
 def eager_pyramid(
-    fixed: Sequence[Tensor], moving: Sequence[Tensor], radius: int, units: Sequence[int], heads: Sequence[Head]
+    fixed: Sequence[Tensor],
+    moving: Sequence[Tensor],
+    radius: int,
+    units: Sequence[int],
+    heads: Sequence[Head],
+    correlate: Callable[..., Tensor] = loop_correlation,
 ) -> Tensor:
     """The vector pyramid over these."""
 
@@ -68,10 +65,10 @@ def eager_pyramid(
 
     field: Tensor | None = None
     for level, head in enumerate(heads):
-        aligned = moving[level] if field is None else grid_sample_warp(moving[level], field)
-        vectors = loop_correlation(head(fixed[level]), head(aligned), radius, units[level])
+        aligned = moving[level] if field is None else by_grid_sample(moving[level], field)
+        vectors = correlate(head(fixed[level]), head(aligned), radius, units[level])
         if level < len(heads) - 1:
             vectors, field = twice_as_fine(vectors), None if field is None else twice_as_fine(field)
-        field = vectors if field is None else grid_sample_warp(field, vectors) + vectors
+        field = vectors if field is None else by_grid_sample(field, vectors) + vectors
     assert field is not None
     return field

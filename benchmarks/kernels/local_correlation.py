@@ -16,7 +16,10 @@ from ..place import CPU, Cannot, Place
 from .eager_correlation import loop_correlation, unfold_correlation
 
 CHANNELS = 8  # of a unit
-LARGEST_BYTES = 8e9  # that a rival may keep
+LARGEST_BYTES = {"cpu": 8e9, "cuda": 60e9}  # that a rival may keep
+# On a CPU: 500 times our time; and many minutes to compile.
+SLOW = {"torch.compile of unfold": lambda voxels, offsets: voxels > 32**3,
+        "torch.compile of the loop": lambda voxels, offsets: offsets > 125}  # fmt: skip
 OTHER_WORK = "MONAI LNCC, radius 2"
 # And the numbers that autograd keeps for each voxel and offset: products, copies of them, logits, the softmax.
 RIVALS: dict[str, tuple[Callable[..., Tensor], int]] = {
@@ -53,8 +56,10 @@ def build(shape: dict[str, int], place: Place = CPU) -> Case:
     steps, cannot = {"ours": step_of(local_correlation)}, {}
     for name, (correlation, kept) in RIVALS.items():
         held = 4 * kept * offsets * voxels
-        if held > LARGEST_BYTES:
+        if held > LARGEST_BYTES[place.device.type]:
             cannot[name] = f"keeps {held / 1e9:.0f} GB"
+        elif name in SLOW and not place.on_gpu and SLOW[name](voxels, offsets):
+            cannot[name] = "left out: takes too long at this size"
         else:
             steps[name] = step_of(correlation)
     try:

@@ -1,0 +1,64 @@
+"""That the step of a recipe is taken apart rightly, and that both forms are the same training."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from voxtrast import kernels
+from voxtrast.benchmarks import train
+from voxtrast.methods import cover
+
+SMALL = [
+    "cover-tiny",
+    "views.crop=[16,16,16]",
+    "backbone.features=[8,16,16]",
+    "method.units=[2,1,1]",
+    "method.max_unreachable=1",
+]
+
+
+def test_both_forms_learn_the_same_and_every_part_takes_time(tiny_store: Path, tmp_path: Path, capsys) -> None:
+    words = [*SMALL, f"data={tiny_store}", "--steps", "3", "--device", "cpu", "--output", str(tmp_path / "here.jsonl")]
+    assert train.main(words) == 0
+    said = capsys.readouterr().out
+    assert all(part in said for part in train.PARTS)
+    ours, references = (json.loads(line) for line in (tmp_path / "here.jsonl").read_text().splitlines())
+    assert ours["provider"] == "ours"
+    assert ours["op"] == "step of cover-tiny"
+    assert ours["loss_difference"] < 1e-4
+    for line in (ours, references):
+        parts = {name: seconds for name, seconds in line["parts_s"].items() if name != "data"}
+        assert all(seconds > 0 for seconds in parts.values())
+        assert sum(parts.values()) == pytest.approx(line["median_s"], rel=0.5)
+    assert {"local_correlation", "warp_backward"} <= set(ours["operators_s"])
+
+
+def test_the_references_stand_in_for_the_operators_and_leave_again() -> None:
+    with train.references_in(cover):
+        assert cover.vector_pyramid is kernels.vector_pyramid_reference
+        assert cover.warped_cosine_loss is kernels.warped_cosine_loss_reference
+    assert cover.vector_pyramid is kernels.vector_pyramid
+    assert cover.warped_cosine_loss is kernels.warped_cosine_loss
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["cover-tiny"], "error: data: not given"), (["cover-tinny", "data=x"], "error: recipe"), (["data=x"], "x")],
+)
+def test_mistakes_are_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*words, "--device", "cpu"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_at_least_one_step_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--steps", "0"])
+    assert "--steps: expected at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_gpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["cover-tiny", "data=x", "--device", "cuda"]) == 2
+    assert "finds no CUDA device" in capsys.readouterr().err
