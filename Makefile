@@ -8,7 +8,7 @@ PIP_OPTIONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_OPTIONS) --constraint constraints.txt
-# nvcc compiles for this machine's GPU, and for one where there is none: the tests see to the others. Wheels hold all.
+# nvcc compiles for this machine's GPU, and for none where there is none: the tests see to the others. Wheels hold all.
 ARCHITECTURE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
@@ -46,7 +46,8 @@ $(VENV)/.torch: constraints.txt
 
 # Our own package is built in this environment: an isolated build would fetch another torch.
 $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
-	VOXTRAST_CUDA_ARCHITECTURES=$(or $(ARCHITECTURE),90) $(PIP) --no-build-isolation --editable ".[dev]"
+	$(if $(ARCHITECTURE),VOXTRAST_CUDA_ARCHITECTURES=$(ARCHITECTURE),VOXTRAST_CUDA=0) \
+	    $(PIP) --no-build-isolation --editable ".[dev]"
 	@touch $@
 
 # The type checker follows paths, and the package is a namespace over folders: it gets the namespace as links.

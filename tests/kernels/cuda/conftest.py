@@ -18,7 +18,8 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
     return get
 
 
-@pytest.fixture(params=["forwards", "backwards"])
+# Backwards, the order that nobody had in mind, is the one for every day.
+@pytest.fixture(params=[pytest.param("forwards", marks=pytest.mark.slow), "backwards"])
 def emulate(request: pytest.FixtureRequest, emulated_library) -> Iterator[Callable[[str], Emulated]]:
     """emulate(name): the entry points of NAME.cpp in this folder, with threads and blocks in this order."""
     used: list[Emulated] = []
