@@ -1,23 +1,17 @@
 // voxtrast::local_correlation and its gradients on CUDA. What is computed: kernels/local_correlation.py.
 #include "local_correlation.cuh"
 
-#include "launch.cuh"
-
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <limits>
 #include <tuple>
 #include <vector>
+
+#include "tensors.cuh"
 
 namespace voxtrast {
 namespace {
 
 using correlation::Element;
 using correlation::Problem;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 Element element_of(const Tensor& query) {
   switch (query.scalar_type()) {
@@ -31,8 +25,7 @@ Element element_of(const Tensor& query) {
 Problem describe(const Tensor& query, const Tensor& key, int64_t radius, int64_t units, double scale) {
   STD_TORCH_CHECK(query.dim() == 4 || query.dim() == 5, "voxtrast: query: expected 4 or 5 dimensions, got ",
                   query.dim());
-  STD_TORCH_CHECK(query.scalar_type() == key.scalar_type() && query.numel() == key.numel(),
-                  "voxtrast: key: expected the shape and type of query");
+  check_alike(key, "key", query, "query");
   STD_TORCH_CHECK(radius >= 1 && units >= 1 && query.size(1) % units == 0, "voxtrast: radius or units out of range");
   const int dimensions = static_cast<int>(query.dim()) - 2;
   int64_t sizes[3];
@@ -55,12 +48,6 @@ std::vector<int64_t> with_channels(const Tensor& query, int64_t channels) {
   std::vector<int64_t> shape(sizes.begin(), sizes.end());
   shape[1] = channels;
   return shape;
-}
-
-const float* float_data(const Tensor& tensor, int64_t count, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.numel() == count, "voxtrast: ", name,
-                  ": expected ", count, " numbers of float32, got ", tensor.numel());
-  return tensor.const_data_ptr<float>();
 }
 
 std::tuple<Tensor, Tensor, Tensor> local_correlation(const Tensor& query_given, const Tensor& key_given, int64_t radius,
@@ -93,12 +80,9 @@ std::tuple<Tensor, Tensor> local_correlation_backward(const Tensor& grad_given, 
   const Problem problem = describe(query, key, radius, units, scale);
   const int64_t count = problem.count * problem.points;
   const correlation::Gradients given = {
-      float_data(grad_displacement, count / units * problem.components, "grad_displacement"),
-      float_data(log_sum_exp, count, "log_sum_exp"), float_data(mean, count * problem.components, "mean")};
-  const auto new_gradient = [&](bool needed) {
-    return needed ? torch::stable::new_empty(query, query.sizes()) : torch::stable::new_empty(query, {0});
-  };
-  Tensor grad_query = new_gradient(need_query), grad_key = new_gradient(need_key);
+      float_data(grad_displacement, count / units * problem.components, query, "grad_displacement"),
+      float_data(log_sum_exp, count, query, "log_sum_exp"), float_data(mean, count * problem.components, query, "mean")};
+  Tensor grad_query = empty_if(need_query, query), grad_key = empty_if(need_key, key);
   if (query.numel() > 0)
     correlation::backward(Launch(query), problem, processors_of(query), given, query.const_data_ptr(),
                           key.const_data_ptr(), need_query ? grad_query.mutable_data_ptr() : nullptr,

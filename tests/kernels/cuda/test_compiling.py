@@ -51,7 +51,7 @@ for name in sys.argv[2:]:
 """
 OPERATORS = """
 stream_copy warp warp_backward compose_displacement vector_regression_loss vector_regression_loss_backward
-warped_cosine_loss warped_cosine_loss_backward
+warped_cosine_loss warped_cosine_loss_backward local_correlation local_correlation_backward
 """
 
 
