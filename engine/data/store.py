@@ -10,11 +10,12 @@
 Nothing in it depends on the time, the machine or the number of workers: equal input gives equal bytes.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -120,9 +121,8 @@ class Store:
         return self._map(self.path / LABELS / f"{case.id}.npy", case.shape, case.label_dtype)
 
     def _map(self, file: Path, shape: tuple[int, ...], dtype: str) -> np.memmap:
-        check_array_file(file, shape, dtype)
-        array: np.memmap = np.load(file, mmap_mode="r", allow_pickle=False)
-        return array
+        with open_array(file, shape, dtype) as stream:  # one opening for check and map: a file may vanish in between
+            return np.memmap(stream, dtype, mode="r", offset=stream.tell(), shape=shape)
 
     def verify(self, contents: bool) -> None:
         """Check that the files are those that the index describes.
@@ -140,7 +140,8 @@ def check_case_files(store: Path, case: Case, contents: bool = False) -> None:
     if case.label_dtype is not None and case.label_sha256 is not None:
         entries.append((store / LABELS / f"{case.id}.npy", case.label_dtype, case.label_sha256))
     for file, dtype, expected in entries:
-        check_array_file(file, case.shape, dtype)
+        with open_array(file, case.shape, dtype):
+            pass  # opening checks
         if contents and (found := file_sha256(file)) != expected:
             raise UserError(
                 f"{file} changed since the index was written (sha256 {found[:12]}, index {expected[:12]}): "
@@ -148,22 +149,29 @@ def check_case_files(store: Path, case: Case, contents: bool = False) -> None:
             )
 
 
-def check_array_file(file: Path, shape: tuple[int, ...], dtype: str) -> None:
-    """Raise UserError unless `file` is a C-ordered `.npy` of that shape and dtype with exactly the bytes it needs."""
+@contextlib.contextmanager
+def open_array(file: Path, shape: tuple[int, ...], dtype: str) -> Iterator[BinaryIO]:
+    """A stored `.npy`, open and standing at its first value.
+
+    Raises: UserError unless it is C-ordered, of that shape and dtype, with exactly the bytes that it needs.
+    """
     remedy = "delete that file and run the same `voxtrast prepare` again"
     try:
         with open(file, "rb") as stream:
             np.lib.format.read_magic(stream)
             found_shape, fortran, found_dtype = np.lib.format.read_array_header_1_0(stream)
             size, needed = os.fstat(stream.fileno()).st_size, stream.tell() + found_dtype.itemsize * int(np.prod(shape))
+            if found_shape != shape or found_dtype != np.dtype(dtype) or fortran:
+                raise UserError(f"{file} holds {found_dtype} {found_shape}, the index says {dtype} {shape}: {remedy}")
+            if size != needed:
+                raise UserError(f"{file} has {size} bytes, its header asks for {needed}: {remedy}")
+            yield stream
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{file} is missing though the index lists it: run the same `voxtrast prepare` again") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}): {remedy}") from None
-    if found_shape != shape or found_dtype != np.dtype(dtype) or fortran:
-        raise UserError(f"{file} holds {found_dtype} {found_shape}, the index says {dtype} {shape}: {remedy}")
-    if size != needed:
-        raise UserError(f"{file} has {size} bytes, its header asks for {needed}: {remedy}")
 
 
 def file_sha256(file: Path) -> str:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -38,6 +39,22 @@ def test_cases_are_sorted_and_arrays_are_read_only_memory_maps(store: Path) -> N
     with pytest.raises(ValueError, match="read-only"):
         volume[0, 0, 0] = 1
     assert opened.settings["spacing_mm"] == 1.5
+
+
+def test_a_file_is_opened_once_so_that_it_may_vanish_after_its_check(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Store(store)
+    case, read_header = opened.cases[0], np.lib.format.read_array_header_1_0
+    expected = np.array(opened.volume(case))
+
+    def header_then_unlink(stream: BinaryIO) -> Any:
+        header = read_header(stream)
+        (store / "volumes" / f"{case.id}.npy").unlink()
+        return header
+
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", header_then_unlink)
+    np.testing.assert_array_equal(opened.volume(case), expected)
 
 
 def test_a_line_of_the_index_survives_the_round_trip(store: Path) -> None:
