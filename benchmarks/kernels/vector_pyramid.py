@@ -67,7 +67,8 @@ def build(shape: dict[str, int], place: Place = CPU) -> Case:
         # A head reads its map and writes its units, for two views and two passes.
         moved += 6.0 * size * sum(one.numel() for one in maps)
         flops += 12.0 * CHANNELS * sum(units * one.numel() for units, one in zip(UNITS, maps, strict=True))
-    return Case("vector_pyramid", shape, place, steps, flops, exponentials, {}, moved)
+    # Gradients jump where a point passes from cell to cell, and rounding takes a few points across.
+    return Case("vector_pyramid", shape, place, steps, flops, exponentials, {}, moved, by_norm=True)
 
 
 def _head(axes: int, channels: int, outputs: int) -> nn.Module:
