@@ -42,7 +42,7 @@ class Case:
     cannot: dict[str, str] = field(default_factory=dict)  # provider: why
     moved_bytes: float = 0.0  # to and from memory at the least; 0: the arithmetic alone is the limit
     other_work: frozenset[str] = frozenset()  # providers that compute something else, timed for orientation
-    by_norm: bool = False  # gradients are compared by the norm of their difference, not by the largest: where they jump
+    norm_tolerance: float = 0.0  # where gradients jump: their difference is compared by its norm, and with this
 
 
 def gradients_of(loss: Callable[..., Tensor], *inputs: Tensor, upstream: Tensor | None = None) -> Step:
@@ -120,12 +120,12 @@ def _check(case: Case) -> None:
             continue
         if expected is None:
             expected = found
-        size, what = _largest, "largest gradient"
-        if case.by_norm:
-            size, what = torch.linalg.vector_norm, "norm of the gradient"
+        size, what, allowed = _largest, "largest gradient", TOLERANCE[case.place.dtype]
+        if case.norm_tolerance:
+            size, what, allowed = torch.linalg.vector_norm, "norm of the gradient", case.norm_tolerance
         differences = [size(one - other) / size(other) for one, other in zip(found, expected, strict=True)]
         difference = float(torch.stack(differences).max())  # NaN where one is
-        if not difference < TOLERANCE[case.place.dtype]:
+        if not difference < allowed:
             case.cannot[name] = f"{REFUSED}: differs by {difference:.1e} of the {what}"
             del case.steps[name]
 

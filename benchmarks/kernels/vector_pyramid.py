@@ -18,6 +18,9 @@ from .eager_correlation import eager_pyramid, loop_correlation
 
 UNITS = (4, 4, 4, 1, 1)  # from coarse to fine
 CHANNELS = 8  # of a unit
+# Gradients jump where a point passes from cell to cell. Beside float64, by the norm, planes with heads: ours is off by
+# 6e-5, and grid_sample by 2.7e-2, whose coordinates, fractions of the map, are rounded across more often.
+NORM_TOLERANCE = 5e-2
 FEATURES = {2: (512, 256, 128, 64, 32), 3: (320, 256, 128, 64, 32)}  # of the maps, by axes
 
 
@@ -49,12 +52,13 @@ def build(shape: dict[str, int], place: Place = CPU) -> Case:
     steps = {
         "ours": step_of(vector_pyramid),
         "eager": step_of(eager_pyramid),
-        # The whole in one graph compiles for many minutes.
-        "torch.compile of the loop": step_of(
-            partial(eager_pyramid, correlate=torch.compile(loop_correlation, dynamic=False))
-        ),
         "our reference": step_of(vector_pyramid_reference),
     }
+    compiled, cannot = "torch.compile of the loop", {}  # the whole in one graph compiles for many minutes
+    if axes == 3 and not place.on_gpu:
+        cannot[compiled] = "left out: takes many minutes to compile for the volumes of five levels"
+    else:
+        steps[compiled] = step_of(partial(eager_pyramid, correlate=torch.compile(loop_correlation, dynamic=False)))
     offsets = (2 * radius + 1) ** axes
     units_of_all = [units * one.numel() // one.shape[1] for units, one in zip(UNITS, maps, strict=True)]
     flops = 8.0 * CHANNELS * offsets * sum(units_of_all)
@@ -67,8 +71,9 @@ def build(shape: dict[str, int], place: Place = CPU) -> Case:
         # A head reads its map and writes its units, for two views and two passes.
         moved += 6.0 * size * sum(one.numel() for one in maps)
         flops += 12.0 * CHANNELS * sum(units * one.numel() for units, one in zip(UNITS, maps, strict=True))
-    # Gradients jump where a point passes from cell to cell, and rounding takes a few points across.
-    return Case("vector_pyramid", shape, place, steps, flops, exponentials, {}, moved, by_norm=True)
+    return Case(
+        "vector_pyramid", shape, place, steps, flops, exponentials, cannot, moved, norm_tolerance=NORM_TOLERANCE
+    )
 
 
 def _head(axes: int, channels: int, outputs: int) -> nn.Module:
