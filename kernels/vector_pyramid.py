@@ -38,7 +38,9 @@ def vector_pyramid(
         radius: of the local correlation of every level, in voxels of that level.
         units: vectors at each voxel, one number or one for each level.
         heads: for each level what turns a map into the (B, units_l * d, *S_l) that is correlated; called for the fixed
-            map and for the warped moving map. Without heads the maps themselves are correlated.
+            map and for the warped moving map. Without heads the maps themselves are correlated. What a head begins with
+            that is linear at each voxel, as a 1x1 convolution without its bias, may as well be done to the maps before:
+            fewer channels are warped then.
         scale: of the dot products, 1 / sqrt(d) if not given.
 
     Returns: displacement (B, D, *S) in voxels of the finest level, float32 (float64 where the maps have that):

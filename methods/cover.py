@@ -18,9 +18,13 @@ Departures from the official code, with reasons:
   maps themselves; with aligned corners the factor would be (2n-1)/(n-1), not the 2 that the vectors are scaled by.
 - The radius is the recipe's (the official code ignores it), and a transform that the pyramid cannot reach is refused
   (`max_unreachable`): with the official ranges 85 % of the valid pixels move further than the pyramid can say.
+- The heads' 1x1 convolution comes before the warp instead of behind it: both are linear in the features, so the
+  result is the same, and 8 to 32 channels are warped instead of 32 to 512. Its bias stays behind, where the warp
+  has put zeros.
 - Channel c of a head belongs to unit c // unit_channels; the official code interleaves, which is a renaming.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -55,17 +59,32 @@ class CoverConfig:
     max_unreachable: float = 0.05  # refused above: share of valid voxels that move further than the pyramid reaches
 
 
-class VectorHead(nn.Module):
-    """1x1 convolution and a norm over the whole sample: the vector units of one level."""
+class Projection(nn.Module):
+    """A 1x1 convolution without bias, of maps of any number of axes: the linear half of a vector head.
 
-    def __init__(self, channels: int, units: int, unit_channels: int, dimensions: int) -> None:
+    As a matrix product: of so few channels several times faster on a CPU than the convolution.
+    """
+
+    def __init__(self, channels: int, outputs: int) -> None:
         super().__init__()
-        convolution = nn.Conv3d if dimensions == 3 else nn.Conv2d
-        self.convolution = convolution(channels, units * unit_channels, kernel_size=1)
-        self.norm = nn.GroupNorm(1, units * unit_channels)
+        self.weight = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(outputs, channels), a=math.sqrt(5)))
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.norm(self.convolution(features))
+        weight = self.weight.expand(features.shape[0], -1, -1)
+        return torch.bmm(weight, features.flatten(2)).unflatten(2, features.shape[2:])
+
+
+class UnitNorm(nn.Module):
+    """The other half: the convolution's bias and a norm over the whole sample."""
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        limit = 1 / math.sqrt(channels)  # as of a convolution
+        self.bias = nn.Parameter(nn.init.uniform_(torch.empty(outputs), -limit, limit))
+        self.norm = nn.GroupNorm(1, outputs)
+
+    def forward(self, projected: Tensor) -> Tensor:
+        return self.norm(projected + self.bias.view(-1, *[1] * (projected.ndim - 2)))
 
 
 class Cover(Method):
@@ -96,10 +115,9 @@ class Cover(Method):
         self.config = config
         self.backbone = Backbone(backbone)
         channels = list(backbone.features)[::-1]
-        self.heads = nn.ModuleList(
-            VectorHead(width, units, config.unit_channels, backbone.dimensions)
-            for width, units in zip(channels, config.units, strict=True)
-        )
+        widths = [(width, units * config.unit_channels) for width, units in zip(channels, config.units, strict=True)]
+        self.projections = nn.ModuleList(Projection(*each) for each in widths)
+        self.heads = nn.ModuleList(UnitNorm(*each) for each in widths)
         self.reach = pyramid_reach(config.radius, backbone.levels)
         self.views = ViewSpec(
             crop=tuple(views.crop),
@@ -158,11 +176,15 @@ class Cover(Method):
         """Displacement and the full-resolution maps of both views, which share one pass through the network."""
         _, maps = self.backbone(torch.cat((fixed, moving)))
         count = fixed.shape[0]
-        fixed_maps, moving_maps = [m[:count] for m in maps], [m[count:] for m in maps]
+        projected = [project(each) for project, each in zip(self.projections, maps, strict=True)]
         predicted = vector_pyramid(
-            fixed_maps, moving_maps, radius=self.config.radius, units=self.config.units, heads=list(self.heads)
+            [each[:count] for each in projected],
+            [each[count:] for each in projected],
+            radius=self.config.radius,
+            units=self.config.units,
+            heads=list(self.heads),
         )
-        return predicted, fixed_maps[-1], moving_maps[-1]
+        return predicted, maps[-1][:count], maps[-1][count:]
 
     def _far(self, displacement: Tensor) -> Tensor:
         """1 where a component is beyond the pyramid's reach: (B, 1, *S)."""

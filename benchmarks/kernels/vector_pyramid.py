@@ -1,16 +1,20 @@
 """The vector pyramid on maps of five levels: the paper's in 2-D, that of the recipe `cover-3d` in 3-D.
 
-With heads, a 1x1 convolution and a norm a level as COVER has them, or on the units themselves. What is counted: as for
-local correlation, and the bytes that warping and the heads move.
+With heads, a 1x1 convolution and a norm a level as COVER has them, or on the units themselves. Ours has the convolution
+before the warp, as our COVER has it, the others behind it, as the paper's text and code have it: the same result. What
+is counted: as for local correlation, and the bytes that warping and the heads move.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from voxtrast.kernels import vector_pyramid, vector_pyramid_reference
+from voxtrast.kernels import vector_pyramid, vector_pyramid_reference, warp
+from voxtrast.methods.cover import Projection, UnitNorm
 
 from ..harness import Case, Step, gradients_of
 from ..place import CPU, Place
@@ -35,47 +39,78 @@ def build(shape: dict[str, int], place: Place = CPU) -> Case:
     torch.manual_seed(0)
     channels = FEATURES[axes] if shape["heads"] else tuple(CHANNELS * units for units in UNITS)
     sizes = [shape["size"] // 2 ** (len(UNITS) - 1 - level) for level in range(len(UNITS))]
-    maps = [place.randn(shape["B"], count, *[size] * axes) for count, size in zip(channels, sizes, strict=True)]
-    others = [(one + place.randn(*one.shape)).detach().requires_grad_() for one in maps]
-    heads = [_head(axes, count, CHANNELS * units).to(place.device, place.dtype) if shape["heads"] else nn.Identity()
-             for count, units in zip(channels, UNITS, strict=True)]  # fmt: skip
-    parameters = [parameter for head in heads for parameter in head.parameters()]
+    maps, others = _maps(shape["B"], channels, sizes, place, axes)
+    projections = [Projection(count, CHANNELS * units) for count, units in zip(channels, UNITS, strict=True)]
+    norms = [UnitNorm(count, CHANNELS * units) for count, units in zip(channels, UNITS, strict=True)]
+    modules = [module.to(place.device, place.dtype) for module in (*projections, *norms)] if shape["heads"] else []
+    for norm in norms:
+        nn.init.constant_(norm.norm.weight, 2.0)  # as sharp as trained ones
+    parameters = [parameter for module in modules for parameter in module.parameters()]
     upstream = place.randn(shape["B"], axes, *[shape["size"]] * axes, requires_grad=False)
+
+    def ours(fixed: Sequence[Tensor], moving: Sequence[Tensor], **options: Any) -> Tensor:
+        """As COVER does: the linear half of the heads before the warp."""
+        if not shape["heads"]:
+            return vector_pyramid(fixed, moving, **options)
+        ahead = [[project(each) for project, each in zip(projections, maps, strict=True)] for maps in (fixed, moving)]
+        return vector_pyramid(*ahead, **options, heads=norms)
+
+    def as_written(pyramid: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The whole head behind the warp, by a convolution."""
+        convolve = functional.conv3d if axes == 3 else functional.conv2d
+
+        def head_of(project: Projection, norm: UnitNorm) -> Callable[[Tensor], Tensor]:
+            return lambda maps: norm.norm(convolve(maps, project.weight[(..., *[None] * axes)], norm.bias))
+
+        heads = [head_of(*pair) if shape["heads"] else nn.Identity() for pair in zip(projections, norms, strict=True)]
+        return partial(pyramid, heads=heads)
 
     def step_of(pyramid: Callable[..., Tensor]) -> Step:
         def loss(*inputs: Tensor) -> Tensor:
             fixed, moving = inputs[: len(UNITS)], inputs[len(UNITS) : 2 * len(UNITS)]
-            return (pyramid(fixed, moving, radius=radius, units=UNITS, heads=heads) * upstream).sum()
+            return (pyramid(fixed, moving, radius=radius, units=UNITS) * upstream).sum()
 
         return gradients_of(loss, *maps, *others, *parameters)
 
     steps = {
-        "ours": step_of(vector_pyramid),
-        "eager": step_of(eager_pyramid),
-        "our reference": step_of(vector_pyramid_reference),
+        "ours": step_of(ours),
+        "eager": step_of(as_written(eager_pyramid)),
+        "our reference": step_of(as_written(vector_pyramid_reference)),
     }
     compiled, cannot = "torch.compile of the loop", {}  # the whole in one graph compiles for many minutes
     if axes == 3 and not place.on_gpu:
         cannot[compiled] = "left out: takes many minutes to compile for the volumes of five levels"
     else:
-        steps[compiled] = step_of(partial(eager_pyramid, correlate=torch.compile(loop_correlation, dynamic=False)))
+        loop = torch.compile(loop_correlation, dynamic=False)
+        steps[compiled] = step_of(as_written(partial(eager_pyramid, correlate=loop)))
     offsets = (2 * radius + 1) ** axes
     units_of_all = [units * one.numel() // one.shape[1] for units, one in zip(UNITS, maps, strict=True)]
     flops = 8.0 * CHANNELS * offsets * sum(units_of_all)
     exponentials = 2.0 * offsets * sum(units_of_all)
     size = maps[0].element_size()
     moved = 6.0 * CHANNELS * size * sum(units_of_all) + 9.0 * 4 * upstream.numel()
-    # Warping reads and writes the moving map, and in backward reads it and its gradient and writes another.
-    moved += 5.0 * size * sum(one.numel() for one in maps[1:])
+    # Warping reads and writes the moving units, and in backward reads them and their gradient and writes another.
+    moved += 5.0 * CHANNELS * size * sum(units_of_all[1:])
     if shape["heads"]:
-        # A head reads its map and writes its units, for two views and two passes.
-        moved += 6.0 * size * sum(one.numel() for one in maps)
+        # A projection reads its map, for two views and two passes, and writes its units and the map's gradient.
+        moved += 6.0 * size * sum(one.numel() for one in maps) + 4.0 * CHANNELS * size * sum(units_of_all)
         flops += 12.0 * CHANNELS * sum(units * one.numel() for units, one in zip(UNITS, maps, strict=True))
     return Case(
         "vector_pyramid", shape, place, steps, flops, exponentials, cannot, moved, norm_tolerance=NORM_TOLERANCE
     )
 
 
-def _head(axes: int, channels: int, outputs: int) -> nn.Module:
-    convolution = nn.Conv3d if axes == 3 else nn.Conv2d
-    return nn.Sequential(convolution(channels, outputs, 1), nn.GroupNorm(1, outputs))
+def _maps(
+    batch: int, channels: Sequence[int], sizes: Sequence[int], place: Place, axes: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Two views of random maps that correspond under a smooth field of up to some ten voxels, as trained ones do."""
+    mode = "trilinear" if axes == 3 else "bilinear"
+    coarse = 4.0 * torch.randn(batch, axes, *[max(2, sizes[0] // 4)] * axes)
+    fixed, moving = [], []
+    for level, (count, size) in enumerate(zip(channels, sizes, strict=True)):
+        smooth = functional.interpolate(torch.randn(batch, count, *[size // 2] * axes), scale_factor=2, mode=mode)
+        field = functional.interpolate(coarse, size=[size] * axes, mode=mode) / 2 ** (len(sizes) - 1 - level)
+        one, other = 2 * smooth, warp(2 * smooth, -field)
+        fixed.append(one.to(place.device, place.dtype).requires_grad_())
+        moving.append(other.to(place.device, place.dtype).requires_grad_())
+    return fixed, moving

@@ -1,9 +1,13 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from voxtrast.kernels import vector_pyramid_reference
 from voxtrast.methods import BackboneConfig
-from voxtrast.methods.cover import Cover, CoverConfig, CoverViews
+from voxtrast.methods.cover import Cover, CoverConfig, CoverViews, Projection, UnitNorm
 
 SMALL = BackboneConfig(features=[8, 16, 16], encoder_blocks=[1], decoder_blocks=[1])
 
@@ -52,6 +56,23 @@ def test_parts_of_a_batch_with_their_shares_sum_to_the_whole() -> None:
     for name, parameter in method.named_parameters():
         if name in expected:
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_projecting_before_the_warp_is_what_the_paper_writes_behind_it() -> None:
+    method = small_cover().double()
+    torch.manual_seed(1)
+    fixed, moving = torch.randn(2, 2, 1, 16, 16, 16, dtype=torch.float64)
+    predicted, _, _ = method._match(fixed, moving)
+
+    def head_of(project: Projection, norm: UnitNorm) -> Callable[[Tensor], Tensor]:
+        return lambda maps: norm.norm(functional.conv3d(maps, project.weight[..., None, None, None], norm.bias))
+
+    _, maps = method.backbone(torch.cat((fixed, moving)))
+    heads = [head_of(*pair) for pair in zip(method.projections, method.heads, strict=True)]
+    views = [[each[:2] for each in maps], [each[2:] for each in maps]]
+    expected = vector_pyramid_reference(*views, radius=2, units=[2, 1, 1], heads=heads)
+    assert expected.abs().max() > 1  # points outside among them
+    torch.testing.assert_close(predicted, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_every_trained_parameter_gets_a_gradient() -> None:
