@@ -12,16 +12,19 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_OP
 ARCHITECTURE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
+# Two processes on two cores; their threads wait asleep, or each would keep the other's core busy by waiting.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 .PHONY: demo test test-all lint format wheel clean
 
 demo: $(VENV)/.built
 	$(BIN)/voxtrast demo --output runs/demo
 
 test: $(VENV)/.built
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.built
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.built .typing
 	$(BIN)/ruff check .
