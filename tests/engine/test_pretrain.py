@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from voxtrast.engine.checkpoint import finished_checkpoints, load_checkpoint
-from voxtrast.engine.config import ScheduleConfig, load_config
+from voxtrast.engine.config import ScheduleConfig, load_config, read_config
 from voxtrast.engine.deepspeed import deepspeed_json
 from voxtrast.engine.errors import UserError
+from voxtrast.engine.runs import build_method
 from voxtrast.engine.trainer import rate_factor
 from voxtrast.engine.weights import load_weights
 
@@ -128,9 +129,19 @@ def test_asked_to_stop_it_saves_says_so_and_continues_later(
     assert losses(run) == losses(uninterrupted)
 
 
-def relative_difference(run: Path, reference: Path) -> float:
+def assert_same_training(run: Path, reference: Path) -> None:
+    """The same losses, and weights apart by less than a hundredth of the way that they went.
+
+    Not closer: where rounding takes a point into the next cell or a voxel to the other side of a leaky ReLU, a gradient
+    jumps, and Adam makes full steps of gradients that are rounding alone. A rank or a moment that is left out is far
+    outside of both.
+    """
+    assert losses(run) == pytest.approx(losses(reference), rel=1e-5)
+    start = build_method(read_config(reference / "config.yaml")).state_dict()
     ours, theirs = newest_model(run), newest_model(reference)
-    return max(((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-3)).item() for n in theirs)
+    apart = torch.stack([(ours[name] - theirs[name]).norm() for name in theirs]).norm()
+    way = torch.stack([(theirs[name] - start[name]).norm() for name in theirs]).norm()
+    assert apart < 1e-2 * way
 
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1])
@@ -139,25 +150,19 @@ def test_two_ranks_equal_one_process(stage: int, tiny_store: Path, tmp_path: Pat
     assert pretrain(tiny_store, alone, "train.steps=5").returncode == 0
     done = pretrain(tiny_store, together, "train.steps=5", f"deepspeed.zero_stage={stage}", launcher=two_ranks())
     assert done.returncode == 0, done.stderr
-    assert relative_difference(together, alone) < 1e-5
-    assert losses(together) == pytest.approx(losses(alone), rel=1e-5)
+    assert_same_training(together, alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_run_of_two_ranks_continues_on_one_and_back(stage: int, tiny_store: Path, tmp_path: Path) -> None:
-    alone, changing = tmp_path / "alone", tmp_path / "changing"
-    assert pretrain(tiny_store, alone, "train.steps=6").returncode == 0
-    words = (f"deepspeed.zero_stage={stage}",)
-    # The schedule must be that of the whole run: it is stopped early, not shortened.
+    words = ("schedule.name=constant", f"deepspeed.zero_stage={stage}")  # a cosine would be that of a shortened run
+    changing, constant = tmp_path / "changing", tmp_path / "constant"
     for steps, launcher in ((2, two_ranks()), (4, ()), (6, two_ranks())):
-        process = pretrain(
-            tiny_store, changing, *words, f"train.steps={steps}", "schedule.name=constant", launcher=launcher
-        )
+        process = pretrain(tiny_store, changing, f"train.steps={steps}", *words, launcher=launcher)
         assert process.returncode == 0, process.stderr
-    constant = tmp_path / "constant"
     assert pretrain(tiny_store, constant, "train.steps=6", "schedule.name=constant").returncode == 0
-    assert relative_difference(changing, constant) < 1e-5
+    assert_same_training(changing, constant)
 
 
 @pytest.mark.slow
@@ -165,7 +170,7 @@ def test_a_run_of_two_ranks_continues_on_one_and_back(stage: int, tiny_store: Pa
 def test_accumulation_equals_the_whole_batch(words: tuple[str, ...], tiny_store: Path, tmp_path: Path) -> None:
     assert pretrain(tiny_store, tmp_path / "whole", "train.steps=5").returncode == 0
     assert pretrain(tiny_store, tmp_path / "parts", "train.steps=5", *words).returncode == 0
-    assert relative_difference(tmp_path / "parts", tmp_path / "whole") < 1e-5
+    assert_same_training(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_the_moving_average_is_what_is_exported(tiny_store: Path, tmp_path: Path) -> None:
