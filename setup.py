@@ -126,6 +126,7 @@ if __name__ == "__main__":
     setup(
         packages=[*packages(), "voxtrast.csrc"],
         package_dir={**{name: folder for folder, name in PACKAGES.items()}, "voxtrast.csrc": "csrc"},
+        include_package_data=False,  # what the sdist holds and what is installed are two lists
         package_data={"voxtrast.kernels": ["py.typed"],
                       "voxtrast.kernels.triton": ["configurations.json"],
                       "voxtrast.methods": ["py.typed", "recipes/*.yaml"],
