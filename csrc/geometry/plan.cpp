@@ -3,6 +3,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <type_traits>
+#include <utility>
 
 namespace voxtrast {
 
@@ -193,11 +194,11 @@ Plan decode(const uint8_t* bytes, size_t count) {
   Plan plan;
   walk_plan(reader, plan);
   check_box(plan.region, "the region ends before it begins");
-  plan.views.resize(reader.length(1));
+  plan.views.resize(reader.length(100));
   for (ViewPlan& view : plan.views) {
     walk_view(reader, view);
     check_view(view);
-    view.steps.resize(reader.length(1));
+    view.steps.resize(reader.length(16));
     for (Step& step : view.steps) {
       walk_step(reader, step);
       check_step(step);

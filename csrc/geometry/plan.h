@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -53,6 +54,9 @@ struct Elastic {
   std::array<double, 3> spacing{};  // voxels of the view between control points
   std::vector<float> shift;         // (3, *points): displacement of the control points in voxels of the volume
 };
+
+// How far a Gaussian is evaluated, on both sides of its middle: regions hold that much more for `antialias`.
+inline int64_t gaussian_radius(float sigma) { return static_cast<int64_t>(std::ceil(4.0f * sigma)); }
 
 struct ViewPlan {
   std::string name;
