@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -54,9 +55,17 @@ struct Elastic {
   std::vector<float> shift;         // (3, *points): displacement of the control points in voxels of the volume
 };
 
+// How far a Gaussian is evaluated, on both sides of its middle: regions hold that much more for `antialias`.
+inline int64_t gaussian_radius(float sigma) { return static_cast<int64_t>(std::ceil(4.0f * sigma)); }
+
 struct ViewPlan {
   std::string name;
   Index3 size{};     // of the view
+  Box box;           // of the volume, before flips, turns, the affine and the deformation: what is resized to `size`
+  std::array<int32_t, 3> flips{};  // 1 for a flipped axis; first flipped, then turned by numpy's rot90 in the plane (H, W)
+  int32_t quarter_turns = 0;       // 0 to 3
+  bool clean = false;         // the view before its steps is wanted as well
+  bool displacement = false;  // the field psi and its mask are wanted
   Affine to_volume{};  // index p of the view -> index of the volume; the deformation is added to it
   Elastic elastic;
   std::array<float, 3> antialias{};  // sigma in voxels of the volume along its axes, before sampling; 0 for none
@@ -74,7 +83,11 @@ struct Plan {
   int64_t case_index = 0;
   Index3 volume{};         // shape of the case's volume
   float background = 0.0f; // what lies outside it
-  Box region;              // all voxels that any view reads
+  Box crop;                // the slot's crop; of depth 1 for slices
+  double position = 0.0;   // of a slice: index / (depth - 1), from 0 to 1
+  // All voxels that any view reads with a weight, one shell beyond the volume at most: that shell and whatever lies
+  // outside the region is background.
+  Box region;
   std::vector<ViewPlan> views;
 };
 
