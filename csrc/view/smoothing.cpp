@@ -18,7 +18,7 @@ struct Taps {
 Taps gaussian(float sigma) {
   if (!(sigma >= 0.0f && sigma <= 1000.0f))
     throw std::invalid_argument("sigma of a Gaussian must lie between 0 and 1000 voxels, got " + std::to_string(sigma));
-  Taps taps{static_cast<int64_t>(std::ceil(4.0 * sigma)), {}, {}};
+  Taps taps{gaussian_radius(sigma), {}, {}};
   std::vector<double> weights;
   double sum = 0.0;
   for (int64_t t = -taps.radius; t <= taps.radius; ++t) {

@@ -3,7 +3,7 @@
 // What plan.h leaves open is decided as follows.
 // - Outside the region everything is background; between a voxel at its border and the next one outside, values are
 //   interpolated. Nearest neighbours (labels): the voxel at floor(coordinate + 1/2).
-// - Gaussians end at ceil(4 sigma) voxels and their weights sum to 1; beyond the border the last voxel is repeated.
+// - Gaussians end at gaussian_radius(sigma) voxels and their weights sum to 1; beyond the border the last voxel is repeated.
 // - A voxel within kBorder of the border of the partner or of the volume still counts as inside: rounding must not
 //   decide where the border of one view is that of the other. Of a plane (depth 1) the partner's depth is not asked.
 // - gamma and bezier leave a constant view as it is; gamma inverted is low + high - gamma(low + high - v).
