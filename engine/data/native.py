@@ -34,6 +34,10 @@ SOURCES = Path(__file__).parents[2] / "csrc"  # of a checkout and of an installe
 FLAGS = ("-O3", "-g0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno")
 
 
+# What voxtrast_read reads, numbered in this order: StoredType of csrc/view/read_region.h.
+STORED_TYPES = ("float16", "float32", "uint8", "int8", "uint16", "int16", "uint32", "int32")
+
+
 @dataclass(frozen=True)
 class Library:
     """What is compiled into one shared library.
@@ -100,6 +104,43 @@ def module_library(name: str, sources: tuple[str, ...]) -> Library:
     )
 
 
+# Views without DALI; the operators are linked to it, and csrc/view/c_interface.cpp opens it to Python.
+VIEWS = Library("views", ("view/*.cpp", "geometry/plan.cpp", "cpu/target.cpp"), flags=("-fvisibility=default",))
+
+
+def plugin_library() -> Library:
+    """DALI's operators `fn.voxtrast_read` and `fn.voxtrast_view`, for the DALI that is installed."""
+    try:
+        import nvidia.dali
+        from nvidia.dali import sysconfig as dali
+    except ImportError:
+        raise UserError("the data plane needs NVIDIA DALI: not installed; pip install 'voxtrast[dali]'") from None
+    return Library(
+        "dali_operators",
+        ("dali/*.cpp",),
+        includes=(str(cuda_headers()),),
+        flags=tuple(dali.get_compile_flags()),
+        links=(str(build(VIEWS)), *dali.get_link_flags()),
+        versions=(nvidia.dali.__version__,),
+    )
+
+
+@functools.cache
+def load_plugin() -> None:
+    """Makes our operators known to DALI, compiled if need be. Raises UserError like `build`."""
+    library = plugin_library()
+    path = build(library)
+    from nvidia.dali import plugin_manager
+
+    try:
+        plugin_manager.load_library(str(path))
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: DALI {library.versions[0]} does not load it ({error}); delete that folder and start again, "
+            "and if it comes back install nvidia-dali-cuda130 again"
+        ) from None
+
+
 def cache_folder() -> Path:
     if chosen := os.environ.get("VOXTRAST_CACHE"):
         return Path(chosen)
@@ -121,17 +162,21 @@ def compiler() -> list[str]:
 
 
 def cuda_headers() -> Path:
-    """The folder with cuda_runtime.h, which DALI's headers ask for even where there is no GPU. Raises UserError."""
+    """The folder with cuda_runtime.h and what that includes, which DALI's headers ask for even where there is no GPU.
+
+    Raises: UserError where there is none.
+    """
     nvidia = importlib.util.find_spec("nvidia")
     packages = [Path(place) for place in (nvidia.submodule_search_locations or [])] if nvidia else []
     found = [folder for package in packages for folder in sorted(package.glob("*/include"), reverse=True)]
     found += [Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "include"]
     for folder in found:
-        if (folder / "cuda_runtime.h").is_file():
+        if (folder / "cuda_runtime.h").is_file() and (folder / "crt" / "host_config.h").is_file():
             return folder
     raise UserError(
-        "cuda_runtime.h: not found, and a DALI operator is compiled with it: pip install nvidia-cuda-runtime "
-        "(for CUDA 12: nvidia-cuda-runtime-cu12), or set CUDA_HOME to a CUDA toolkit"
+        "cuda_runtime.h and crt/host_config.h: not found, and a DALI operator is compiled with them: "
+        "pip install nvidia-cuda-runtime nvidia-cuda-crt (for CUDA 12: nvidia-cuda-runtime-cu12 nvidia-cuda-nvcc-cu12), "
+        "or set CUDA_HOME to a CUDA toolkit"
     )
 
 

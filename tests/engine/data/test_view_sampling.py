@@ -1,20 +1,25 @@
 """Where a view's voxels come from, against scipy in float64; its field and mask, point by point."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
-from view_interface import IDENTITY, ViewCase, make_view
+from view_interface import IDENTITY, TARGETS, ViewCase, make_view, use_target
 
 RANDOM = np.random.default_rng(11)
 BORDER = 1e-4  # kBorder of csrc/view/view.h
+
+
+@pytest.fixture(params=TARGETS, autouse=True, scope="module")
+def target(request: pytest.FixtureRequest) -> Iterator[None]:
+    if use_target(request.param) != request.param:
+        pytest.skip(f"this processor has no {request.param}")
+    yield
+    use_target(TARGETS[-1])
 
 
 def smooth(shape: tuple[int, ...], seed: int = 0) -> NDArray[np.float32]:
@@ -228,7 +233,7 @@ def test_the_field_between_a_view_and_itself_is_zero_and_valid_up_to_the_border(
     assert (result["mask"] == 1).all()
 
 
-def test_a_mask_alone_is_the_same(tmp_path: Path) -> None:
+def test_a_mask_alone_is_the_same() -> None:
     size = (6, 7, 20)
     case = ViewCase(smooth((20, 20, 20)), size, affine_about(size, (2.0, 9.0, 9.0)))
     assert np.array_equal(make_view(case, "mask")["mask"], make_view(case, "displacement", "mask")["mask"])
@@ -250,12 +255,3 @@ def test_a_plan_that_cannot_be_carried_out_is_refused(message: str) -> None:
     case = dataclasses.replace(ViewCase(smooth((8, 8, 8)), (4, 4, 4)), **BAD[message])
     with pytest.raises(ValueError, match=message):
         make_view(case)
-
-
-@pytest.mark.skipif(os.environ.get("VOXTRAST_CPU") is not None, reason="runs inside the test below already")
-@pytest.mark.parametrize("target", ["avx2", "portable"])
-def test_narrower_instruction_sets_pass_the_same_tests(target: str) -> None:
-    files = [str(Path(__file__).with_name(name)) for name in ("test_view_sampling.py", "test_view_steps.py")]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(command, env={**os.environ, "VOXTRAST_CPU": target}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout

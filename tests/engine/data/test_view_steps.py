@@ -1,16 +1,25 @@
 """Each step of a view against its formula in plain numpy, float64; runs of steps against one after the other."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy import ndimage, stats
-from view_interface import ViewCase, make_view, permuted
+from view_interface import TARGETS, ViewCase, make_view, permuted, use_target
 
 Array = NDArray[Any]
 SIZE = (11, 13, 35)  # whole vectors and a rest
 KEY = {"seed": 0x123456789ABCDEF0, "slot": 5, "step": 77}
+
+
+@pytest.fixture(params=TARGETS, autouse=True, scope="module")
+def target(request: pytest.FixtureRequest) -> Iterator[None]:
+    if use_target(request.param) != request.param:
+        pytest.skip(f"this processor has no {request.param}")
+    yield
+    use_target(TARGETS[-1])
 
 
 def image(seed: int = 3) -> NDArray[np.float32]:

@@ -2,7 +2,11 @@
 
 import ctypes
 import functools
+import os
+import shutil
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +16,6 @@ from voxtrast.engine.data import native
 
 KINDS = ("noise", "blur", "contrast", "brightness", "gamma", "bias_field", "low_resolution", "bezier", "pixel_shuffle",
          "patch_swap", "in_paint", "out_paint", "cut_out", "cut_out_outside")  # fmt: skip
-LIBRARY = native.Library("view", ("view/*.cpp", "geometry/plan.cpp", "cpu/target.cpp"))
 TARGETS = ("portable", "avx2", "avx512")
 IDENTITY = np.eye(3, 4)
 
@@ -81,9 +84,32 @@ class ViewCase:
     interpolation: str = "linear"
 
 
-@functools.cache
+_chosen = TARGETS[-1]
+
+
+def use_target(target: str) -> str:
+    """Instruction set of the calls that follow, unless the processor lacks it; returns what it is."""
+    global _chosen
+    _chosen = target
+    return TARGETS[library().voxtrast_target()]
+
+
 def library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(native.build(LIBRARY)))
+    return _library(_chosen)
+
+
+@functools.cache
+def _library(target: str) -> ctypes.CDLL:
+    """A library chooses its instruction set at the first call and for good: each gets a copy of its own."""
+    before = os.environ.get("VOXTRAST_CPU")
+    os.environ["VOXTRAST_CPU"] = target
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = ctypes.CDLL(shutil.copy(native.build(native.VIEWS), Path(folder) / f"view_{target}.so"))
+        loaded.voxtrast_target()
+    del os.environ["VOXTRAST_CPU"]
+    if before is not None:
+        os.environ["VOXTRAST_CPU"] = before
+    return loaded
 
 
 class _Call:
