@@ -13,6 +13,7 @@ struct SampledRow {
   float background;
   double start[3], step[3];
   const float* shift[3];  // (count) each, followed by kRowSlack floats
+  int64_t ahead;          // voxels of the region to where the row of the view's next plane is read, about
   int64_t count;
 };
 

@@ -72,6 +72,7 @@ template <typename E>
 struct Source {
   const typename E::Storage* voxels;
   int32_t row, plane;  // voxels from one to the next
+  int64_t ahead;       // to about where the same voxel of the view's next plane is read
   int32_t next_plane;  // the same; 0 in a region of a single plane, where the fraction is 0 or the voxel at the border
 };
 
@@ -81,6 +82,12 @@ VOXTRAST_INLINE Vector interpolate(const Source<E>& source, const Coordinates (&
   alignas(64) int32_t place[kLanes];
   const Integers places = at[0].whole * source.plane + at[1].whole * source.row + at[2].whole;
   __builtin_memcpy(place, &places, sizeof(place));
+  // The next plane's rows come to the cache meanwhile: they are too scattered for the processor to foresee.
+#pragma GCC unroll 4
+  for (int lane = 0; lane < kLanes; lane += 4) {
+    __builtin_prefetch(source.voxels + place[lane] + source.ahead);
+    __builtin_prefetch(source.voxels + place[lane] + source.ahead + source.next_plane);
+  }
   const auto half = [&](const int32_t* here, Vector depth, Vector height) {
     const auto pairs = [&](int32_t offset) { return load_pairs<E>(source.voxels + offset, here, Pairs{}); };
     const Vector front = between(pairs(0), pairs(source.row), height);
@@ -94,27 +101,49 @@ VOXTRAST_INLINE Vector interpolate(const Source<E>& source, const Coordinates (&
   return between(of_pairs<0>(first, second, AllLanes{}), of_pairs<1>(first, second, AllLanes{}), at[2].fraction);
 }
 
-template <typename E>
-VOXTRAST_INLINE float read_voxel(const typename E::Storage* voxel) {
-  return load_some<E>(voxel, 1)[0];
+template <typename E, int... Lane>
+VOXTRAST_INLINE Vector load_lanes(const typename E::Storage* from, Integers places, Lanes<Lane...>) {
+  int32_t place[kLanes];
+  __builtin_memcpy(place, &places, sizeof(place));
+  if constexpr (sizeof(typename E::Storage) == 4) return Vector{from[place[Lane]]...};
+  else return E::widen(Shorts{from[place[Lane]]...});
 }
 
-// The same where some of the eight lie outside, lane by lane.
+// The same where some of the eight may lie outside: the first voxel of the axis is read in their stead.
 template <typename E>
-float interpolate_at_border(const SampledRow& row, const Source<E>& source, const int32_t (&whole)[3],
-                            const float (&fraction)[3]) {
-  float value[8];
-  for (int corner = 0; corner < 8; ++corner) {
-    const int32_t d = whole[0] + (corner >> 2), h = whole[1] + (corner >> 1 & 1), w = whole[2] + (corner & 1);
-    const bool inside = d >= 0 && d < row.size[0] && h >= 0 && h < row.size[1] && w >= 0 && w < row.size[2];
-    value[corner] = inside ? read_voxel<E>(source.voxels + d * source.plane + h * source.row + w) : row.background;
-  }
-  for (int axis = 1; axis >= 0; --axis)
-    for (int corner = 0; corner < 2 << axis; ++corner) {
-      const int low = axis == 1 ? (corner >> 1) * 4 + (corner & 1) : corner, apart = axis == 1 ? 2 : 4;
-      value[low] += fraction[axis == 1 ? 1 : 0] * (value[low + apart] - value[low]);
+VOXTRAST_INLINE Vector interpolate_at_border(const SampledRow& row, const Source<E>& source,
+                                             const Coordinates (&at)[3]) {
+  const int32_t stride[3] = {source.plane, source.row, 1};
+  Integers inside[3][2], place[3][2];
+#pragma GCC unroll 3
+  for (int axis = 0; axis < 3; ++axis)
+#pragma GCC unroll 2
+    for (int side = 0; side < 2; ++side) {
+      const Integers index = at[axis].whole + side;
+      inside[axis][side] = (index >= 0) & (index < row.size[axis]);
+      place[axis][side] = (index & inside[axis][side]) * stride[axis];
     }
-  return value[0] + fraction[2] * (value[1] - value[0]);
+  const Vector background = splat(row.background);
+  const auto voxel = [&](int d, int h, int w) {
+    const Vector value = load_lanes<E>(source.voxels, place[0][d] + place[1][h] + place[2][w], AllLanes{});
+    return inside[0][d] & inside[1][h] & inside[2][w] ? value : background;
+  };
+  Vector column[2];
+#pragma GCC unroll 2
+  for (int w = 0; w < 2; ++w) {
+    const Vector front = between(voxel(0, 0, w), voxel(0, 1, w), at[1].fraction);
+    const Vector back = between(voxel(1, 0, w), voxel(1, 1, w), at[1].fraction);
+    column[w] = between(front, back, at[0].fraction);
+  }
+  return between(column[0], column[1], at[2].fraction);
+}
+
+template <typename E>
+VOXTRAST_INLINE Vector nearest(const SampledRow& row, const Source<E>& source, const Coordinates (&at)[3],
+                               Integers outside) {
+  const Integers places = at[0].whole * source.plane + at[1].whole * source.row + at[2].whole;
+  const Vector value = load_lanes<E>(source.voxels, places & ~outside, AllLanes{});
+  return outside ? splat(row.background) : value;
 }
 
 VOXTRAST_INLINE Integers beyond(Integers whole, int32_t low, int32_t high) { return (whole < low) | (whole > high); }
@@ -122,7 +151,7 @@ VOXTRAST_INLINE Integers beyond(Integers whole, int32_t low, int32_t high) { ret
 template <typename E, bool Linear>
 void sample(const SampledRow& row, float* values) {
   const Source<E> source = {static_cast<const typename E::Storage*>(row.voxels), row.size[2],
-                            row.size[1] * row.size[2], row.size[0] > 1 ? row.size[1] * row.size[2] : 0};
+                            row.size[1] * row.size[2], row.ahead, row.size[0] > 1 ? row.size[1] * row.size[2] : 0};
   Vector along[3];
   for (int axis = 0; axis < 3; ++axis)
     along[axis] = static_cast<float>(row.step[axis]) * __builtin_convertvector(lane_numbers(), Vector);
@@ -137,24 +166,10 @@ void sample(const SampledRow& row, float* values) {
       outside |= beyond(at[axis].whole, Linear ? -1 : 0, row.size[axis] - 1);
     }
     Vector result;
-    if (!any(~outside)) {
-      result = splat(row.background);
-    } else if (Linear && !any(border)) {
-      result = interpolate(source, at);
-    } else {
-#pragma GCC unroll 1
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const int32_t whole[3] = {at[0].whole[lane], at[1].whole[lane], at[2].whole[lane]};
-        if (outside[lane]) {
-          result[lane] = row.background;
-        } else if (Linear) {
-          const float fraction[3] = {at[0].fraction[lane], at[1].fraction[lane], at[2].fraction[lane]};
-          result[lane] = interpolate_at_border(row, source, whole, fraction);
-        } else {
-          result[lane] = read_voxel<E>(source.voxels + whole[0] * source.plane + whole[1] * source.row + whole[2]);
-        }
-      }
-    }
+    if (!any(~outside)) result = splat(row.background);
+    else if (!Linear) result = nearest(row, source, at, outside);
+    else if (!any(border)) result = interpolate(source, at);
+    else result = outside ? splat(row.background) : interpolate_at_border(row, source, at);
     store_up_to<Float32>(values, w, row.count, result);
   }
 }

@@ -54,6 +54,7 @@ SampledRow sampled_region(const Region& region, const ViewPlan& plan, VoxelType&
   for (int axis = 0; axis < 3; ++axis) {
     row.size[axis] = static_cast<int32_t>(size[axis]);
     row.step[axis] = plan.to_volume[4 * axis + 2];
+    row.ahead = row.ahead * size[axis] + std::llround(plan.to_volume[4 * axis]);
   }
   if (plan.antialias == std::array<float, 3>{}) return row;
   float* copy = at_least(buffers.region, voxels(size));

@@ -175,7 +175,7 @@ def cuda_headers() -> Path:
             return folder
     raise UserError(
         "cuda_runtime.h and crt/host_config.h: not found, and a DALI operator is compiled with them: "
-        "pip install nvidia-cuda-runtime nvidia-cuda-crt (for CUDA 12: nvidia-cuda-runtime-cu12 nvidia-cuda-nvcc-cu12), "
+        "pip install nvidia-cuda-runtime nvidia-cuda-crt (CUDA 12: nvidia-cuda-runtime-cu12 nvidia-cuda-nvcc-cu12), "
         "or set CUDA_HOME to a CUDA toolkit"
     )
 
