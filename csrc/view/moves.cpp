@@ -104,7 +104,6 @@ void StepRunner::shuffle_pixels(const Step& step) {
   std::memcpy(before, view_, sizeof(float) * voxels(size));
   uint8_t* covered = at_least(buffers_.covered, voxels(size));
   std::memset(covered, 0, voxels(size));
-  uint32_t* places = at_least(buffers_.places, size[2]);
   for (int64_t window = static_cast<int64_t>(step.boxes.size() / 6) - 1; window >= 0; --window) {
     const StepBox box(step.boxes.data() + 6 * window);
     const Random4 keys = philox(key_.seed, static_cast<uint32_t>(window), step.stream, key_.slot, key_.step);
@@ -112,17 +111,28 @@ void StepRunner::shuffle_pixels(const Step& step) {
     const PermutationKey key = {count, half_bits(count), {keys.word[0], keys.word[1], keys.word[2], keys.word[3]}};
     const Divisor row_length(box.sides[2]), plane_rows(box.sides[1]);
     const int64_t origin = box.row_start(0, size);
-    for (int64_t r = 0; r < box.rows(); ++r) {
-      const int64_t start = box.row_start(r, size);
-      if (std::memchr(covered + start, 0, box.sides[2]) == nullptr) continue;
-      row_path().permute(key, static_cast<uint32_t>(r * box.sides[2]), box.sides[2], places);
-      for (int64_t w = 0; w < box.sides[2]; ++w) {
-        if (covered[start + w]) continue;
-        const uint32_t row = row_length.quotient(places[w]), plane = plane_rows.quotient(row);
-        view_[start + w] = before[origin + (int64_t(plane) * size[1] + (row - plane * plane_rows.by)) * size[2] +
-                                  (places[w] - row * row_length.by)];
+    const auto source = [&](uint32_t place) {
+      const uint32_t row = row_length.quotient(place), plane = plane_rows.quotient(row);
+      return origin + (int64_t(plane) * size[1] + (row - plane * plane_rows.by)) * size[2] + place - row * row_length.by;
+    };
+    const int64_t together = std::max<int64_t>(1, 1024 / box.sides[2]);  // rows: short ones would leave lanes empty
+    uint32_t* places = at_least(buffers_.places, together * box.sides[2]);
+    for (int64_t first = 0; first < box.rows(); first += together) {
+      const int64_t end = std::min(box.rows(), first + together);
+      const auto open_row = [&](int64_t r) {
+        return std::memchr(covered + box.row_start(r, size), 0, box.sides[2]) != nullptr;
+      };
+      int64_t r = first;
+      while (r < end && !open_row(r)) ++r;
+      if (r == end) continue;
+      row_path().permute(key, static_cast<uint32_t>(first * box.sides[2]), (end - first) * box.sides[2], places);
+      for (; r < end; ++r) {
+        const int64_t start = box.row_start(r, size);
+        const uint32_t* place = places + (r - first) * box.sides[2];
+        for (int64_t w = 0; w < box.sides[2]; ++w)
+          if (!covered[start + w]) view_[start + w] = before[source(place[w])];
+        std::memset(covered + start, 1, box.sides[2]);
       }
-      std::memset(covered + start, 1, box.sides[2]);
     }
   }
 }
