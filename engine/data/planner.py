@@ -199,6 +199,12 @@ class Planner:
             raise UserError(f"step {step}, slot {slot}: expected whole numbers from 0 to 2^32 - 1")
         return Plan.of(self._native.plan(step, slot, split))
 
+    @property
+    def visits_in_a_block(self) -> list[int]:
+        """Of each data set, in the order of their names: in every run of as many visits as their sum."""
+        visits: list[int] = self._native.visits_in_a_block
+        return visits
+
     def generator(self, split: str, step: int, slot: int, stream: str) -> np.random.Generator:
         """numpy's generator of each (seed, split, step, slot, stream), for noise that is drawn in Python."""
         key = np.array([self.seed, _word(split)], np.uint64)

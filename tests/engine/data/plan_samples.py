@@ -59,7 +59,7 @@ def assert_equally_probable(values: Sequence[Any], expected: Sequence[Any]) -> N
 
 def assert_frequencies(values: Sequence[Any], expected: dict[Any, float]) -> None:
     """Chi-square test of the counts; what is not expected must not occur, nor what has probability 0."""
-    counts = {value: 0 for value in expected}
+    counts = dict.fromkeys(expected, 0)
     for value in values:
         assert expected.get(value, 0) > 0, value
         counts[value] += 1

@@ -183,7 +183,7 @@ def test_boxes_larger_than_every_volume_are_refused_and_small_volumes_are_left_o
     (excluded,) = planner(100).excluded
     assert (excluded[0].id, excluded[1][:6]) == ("small", "small:")
     assert "covers less than half" in excluded[1]
-    with pytest.raises(UserError, match="none of 2 volumes holds the boxes.*20x20x20"):
+    with pytest.raises(UserError, match=r"none of 2 volumes holds the boxes.*20x20x20"):
         planner(200)
 
 
@@ -192,5 +192,5 @@ def test_a_box_that_fits_in_no_outer_box_is_refused() -> None:
         "outer": View(box=BoxRanges(sides=[[20, 20, 20], [8, 8, 8]])),
         "inner": View(box=BoxRanges(sides=[[12, 12, 12]], inside="outer")),
     }
-    with pytest.raises(UserError, match="'inner'.*fits into 8x8x8.*'outer'"):
+    with pytest.raises(UserError, match=r"'inner'.*fits into 8x8x8.*'outer'"):
         plans(views, 0)
