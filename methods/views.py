@@ -10,14 +10,6 @@ box (voxel cells aligned: p -> lower + (p + 0.5) * side / size - 0.5), deformati
 """
 
 from dataclasses import dataclass, field
-from typing import TypeVar
-
-T = TypeVar("T")
-
-
-def _default(value: list[T]) -> list[T]:
-    copied: list[T] = field(default_factory=lambda: list(value))
-    return copied
 
 
 @dataclass
@@ -30,12 +22,14 @@ class BoxRanges:
     or, with one of the relations, over all places that fulfil it.
     """
 
-    sides: list[list[int]] = _default([])
+    sides: list[list[int]] = field(default_factory=list)
     scale: list[float] | None = None
     aspect: list[float] | None = None
     iou_with: str | None = None  # intersection over union with the box of that view, within `iou`
-    iou: list[float] = _default([0.0, 1.0])
-    near: list[str] = _default([])  # its first voxel lies at most margin_voxels outside the bounding box of those
+    iou: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    near: list[str] = field(
+        default_factory=list
+    )  # its first voxel lies at most margin_voxels outside the bounding box of those
     margin_voxels: int = 0
     inside: str | None = None  # wholly inside the box of that view
 
@@ -46,7 +40,7 @@ class AffineRanges:
 
     rotation_degrees: float = 20.0  # each rotation axis: U(-r, r)
     # each axis, log-uniform between the two; above 1 the view shows more of the volume, smaller
-    scale: list[float] = _default([0.8, 1.25])
+    scale: list[float] = field(default_factory=lambda: [0.8, 1.25])
     shear_degrees: float = 0.0  # each pair of axes: U(-s, s)
     translation_voxels: float = 4.0  # each axis: U(-t, t)
     probability: float = 1.0
@@ -61,25 +55,25 @@ class ElasticRanges:
     """
 
     spacing_voxels: float = 16.0  # between control points
-    magnitude_voxels: list[float] = _default([0.0, 4.0])  # m
+    magnitude_voxels: list[float] = field(default_factory=lambda: [0.0, 4.0])  # m
     probability: float = 1.0
 
 
 @dataclass
 class Noise:
-    std: list[float] = _default([0.0, 0.02])  # Gaussian
+    std: list[float] = field(default_factory=lambda: [0.0, 0.02])  # Gaussian
     probability: float = 1.0
 
 
 @dataclass
 class Blur:
-    sigma_voxels: list[float] = _default([0.0, 0.5])  # Gaussian
+    sigma_voxels: list[float] = field(default_factory=lambda: [0.0, 0.5])  # Gaussian
     probability: float = 1.0
 
 
 @dataclass
 class Contrast:
-    factor: list[float] = _default([0.5, 1.5])  # about the mean of the view
+    factor: list[float] = field(default_factory=lambda: [0.5, 1.5])  # about the mean of the view
     probability: float = 1.0
 
 
@@ -88,7 +82,7 @@ class Brightness:
     """Adds N(0, std) + U(shift)."""
 
     std: float = 0.1
-    shift: list[float] = _default([0.0, 0.0])
+    shift: list[float] = field(default_factory=lambda: [0.0, 0.0])
     probability: float = 1.0
 
 
@@ -96,7 +90,7 @@ class Brightness:
 class Gamma:
     """Between the least and the greatest value of the view; inverted: on the values counted from the greatest down."""
 
-    exponent: list[float] = _default([0.7, 1.5])  # log-uniform
+    exponent: list[float] = field(default_factory=lambda: [0.7, 1.5])  # log-uniform
     invert: float = 0.0  # probability
     probability: float = 1.0
 
@@ -111,7 +105,9 @@ class BiasField:
 
 @dataclass
 class LowResolution:
-    factor: list[float] = _default([1.0, 2.0])  # of a coarser grid that the view is taken to and back from
+    factor: list[float] = field(
+        default_factory=lambda: [1.0, 2.0]
+    )  # of a coarser grid that the view is taken to and back from
     probability: float = 1.0
 
 
@@ -133,8 +129,8 @@ class Boxes:
     count: int = 10  # at most
     least: int = 0  # that are always drawn
     go_on: float = 0.95  # probability of drawing one more
-    side: list[float] = _default([0.1, 0.13])  # fraction of the view's side, each axis
-    side_voxels: list[list[int]] = _default([])  # or: [least, most] of each axis
+    side: list[float] = field(default_factory=lambda: [0.1, 0.13])  # fraction of the view's side, each axis
+    side_voxels: list[list[int]] = field(default_factory=list)  # or: [least, most] of each axis
     probability: float = 1.0
 
 
@@ -144,7 +140,7 @@ class PixelShuffle(Boxes):
 
     count: int = 10000
     go_on: float = 1.0
-    side: list[float] = _default([0.0, 0.1])
+    side: list[float] = field(default_factory=lambda: [0.0, 0.1])
 
 
 @dataclass
@@ -164,7 +160,7 @@ class OutPaint(Boxes):
     """Everything but the boxes filled with uniform noise over the intensity range."""
 
     count: int = 5
-    side: list[float] = _default([3 / 7, 4 / 7])
+    side: list[float] = field(default_factory=lambda: [3 / 7, 4 / 7])
 
 
 @dataclass
@@ -178,7 +174,7 @@ class CutOut(Boxes):
 class CutOutOutside(Boxes):
     """Everything but the boxes filled with one value."""
 
-    side: list[float] = _default([0.69, 0.78])
+    side: list[float] = field(default_factory=lambda: [0.69, 0.78])
     value: float = 0.0
 
 
@@ -191,7 +187,7 @@ class AppearanceRanges:
     amplitudes and boxes are its own. A step whose range is nothing (noise 0 to 0, factor 1 to 1) costs nothing.
     """
 
-    order: list[str] = _default([])
+    order: list[str] = field(default_factory=list)
     same_choice: bool = False
     noise: Noise = field(default_factory=Noise)
     blur: Blur = field(default_factory=Blur)
@@ -222,7 +218,7 @@ class View:
     box: BoxRanges | None = None  # what is resized to `size`; the crop by default
     affine: AffineRanges | None = None
     elastic: ElasticRanges | None = None
-    flips: list[float] = _default([])  # probability for each axis
+    flips: list[float] = field(default_factory=list)  # probability for each axis
     quarter_turns: bool = False  # 0 to 3 of them in the plane of the last two axes, equally probable
     appearance: AppearanceRanges | None = None
     clean: bool = False  # also the same geometry without appearance, as NAME_clean

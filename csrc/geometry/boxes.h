@@ -32,6 +32,4 @@ std::string unusable(const ViewSpec& spec, const Index3& volume);
 Box draw_box(const ViewSpec& spec, int view, const Index3& volume, const Box& crop, const std::vector<Box>& boxes,
              Draws& draws);
 
-double intersection_over_union(const Box& first, const Box& second);
-
 }  // namespace voxtrast

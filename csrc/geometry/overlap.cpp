@@ -70,17 +70,6 @@ Starts least_and_most(int64_t volume, int64_t side, int64_t other) {
 
 }  // namespace
 
-double intersection_over_union(const Box& first, const Box& second) {
-  int64_t shared = 1, one = 1, two = 1;
-  for (int axis = 0; axis < 3; ++axis) {
-    const int64_t low = std::max(first.lower[axis], second.lower[axis]);
-    shared *= std::max<int64_t>(0, std::min(first.upper[axis], second.upper[axis]) - low);
-    one *= first.upper[axis] - first.lower[axis];
-    two *= second.upper[axis] - second.lower[axis];
-  }
-  return ratio(shared, one + two);
-}
-
 SharedVoxels shared_voxels(int64_t total, const Range& iou) {
   const double sum = static_cast<double>(total);
   SharedVoxels shared{static_cast<int64_t>(iou.low * sum / (1.0 + iou.low)),

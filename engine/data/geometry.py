@@ -10,47 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# DALI walks along the last axis by adding float32 steps; its coordinates stay within this of the exact ones.
-COORDINATE_SLACK = 0.05
-
 Array = NDArray[np.float64]
 
 
-def identity_affine(dimensions: int) -> Array:
-    return np.eye(dimensions, dimensions + 1)
-
-
-def compose_affine(
-    crop: Sequence[int],
-    *,
-    rotation_degrees: Sequence[float],
-    scale: Sequence[float],
-    shear_degrees: Sequence[float],
-    translation_voxels: Sequence[float],
-) -> Array:
-    """The affine that rotates, then scales, then shears, then translates about the centre (size - 1) / 2 of the crop.
-
-    Args:
-        crop: (D, H, W) or (H, W).
-        rotation_degrees: one angle in 2-D; in 3-D one about each axis, applied from the last axis to the first.
-        scale: one factor an axis; above 1 the view shows more of the volume, smaller.
-        shear_degrees: one angle a pair of axes, ordered (0, 1), (0, 2), (1, 2); the first moves along the second.
-        translation_voxels: one shift an axis.
-    """
-    dimensions = len(crop)
-    linear = np.eye(dimensions)
-    planes = [(0, 1)] if dimensions == 2 else [(1, 2), (0, 2), (0, 1)]
-    for (first, second), angle in reversed(list(zip(planes, np.radians(rotation_degrees), strict=True))):
-        rotation = np.eye(dimensions)
-        rotation[first, first] = rotation[second, second] = np.cos(angle)
-        rotation[first, second], rotation[second, first] = -np.sin(angle), np.sin(angle)
-        linear = rotation @ linear
-    linear = np.diag(np.asarray(scale, np.float64)) @ linear
-    shear = np.eye(dimensions)
-    shear[np.triu_indices(dimensions, 1)] = np.tan(np.radians(shear_degrees))
-    linear = shear @ linear
-    centre = (np.asarray(crop, np.float64) - 1) / 2
-    return np.column_stack([linear, centre - linear @ centre + np.asarray(translation_voxels, np.float64)])
+def affine_of_crop(to_volume: Array, origin: Sequence[int], dimensions: int) -> Array:
+    """Of a map (3, 4) into the volume: the affine (D, D+1) into the crop that begins at `origin`."""
+    affine = to_volume[-dimensions:, -dimensions - 1 :].copy()
+    affine[:, -1] -= origin[-dimensions:]
+    return affine
 
 
 @dataclass(frozen=True)
@@ -63,36 +30,6 @@ class Box:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(high - low for low, high in zip(self.lower, self.upper, strict=True))
-
-    def union(self, other: "Box") -> "Box":
-        return Box(
-            tuple(min(pair) for pair in zip(self.lower, other.lower, strict=True)),
-            tuple(max(pair) for pair in zip(self.upper, other.upper, strict=True)),
-        )
-
-
-def crop_box(origin: Sequence[int], crop: Sequence[int], volume: Sequence[int]) -> Box:
-    """The voxels of a crop, clipped as in `affine_box`."""
-    lower = np.asarray(origin)
-    return _clip(lower, lower + np.asarray(crop), volume)
-
-
-def affine_box(affine: Array, origin: Sequence[int], crop: Sequence[int], volume: Sequence[int]) -> Box:
-    """The voxels that linear interpolation reads for a crop seen through an affine.
-
-    Beyond the volume one shell of voxels is kept: filled with background and repeated outwards, it is all that a
-    sampler with clamped coordinates needs to see background everywhere outside.
-    """
-    half = (np.asarray(crop, np.float64) - 1) / 2
-    centre = affine[:, :-1] @ half + affine[:, -1] + np.asarray(origin)
-    reach = np.abs(affine[:, :-1]) @ half + COORDINATE_SLACK
-    lower, upper = np.floor(centre - reach), np.floor(centre + reach) + 2
-    return _clip(lower.astype(np.int64), upper.astype(np.int64), volume)
-
-
-def _clip(lower: NDArray[np.int64], upper: NDArray[np.int64], volume: Sequence[int]) -> Box:
-    sizes = np.asarray(volume)
-    return Box(tuple(np.clip(lower, -1, sizes).tolist()), tuple(np.clip(upper, 0, sizes + 1).tolist()))
 
 
 def sampling_matrix(affine: Array, origin: Sequence[int], region: Box) -> NDArray[np.float32]:

@@ -22,6 +22,7 @@ except ImportError as error:
 
 # A Gaussian narrower than this is one voxel wide in float32: the blur is the identity, and nothing divides by zero.
 SMALLEST_SIGMA_VOXELS = 1e-3
+STEPS = ("noise", "blur", "contrast", "brightness", "in_paint")
 FLOAT, INTEGER = np.dtype(np.float32), np.dtype(np.int32)
 DALI_TYPES = {np.dtype(np.float16): DALIDataType.FLOAT16, FLOAT: DALIDataType.FLOAT, INTEGER: DALIDataType.INT32}
 
@@ -52,21 +53,53 @@ def graph_inputs(spec: ViewSpec, dtype: np.dtype[Any]) -> list[Input]:
             inputs += [Input(part, dimensions + 1) for part in ("rows", "columns", "position_rows", "position_columns")]
             inputs.append(Input("position_limit", 1))
         if view.appearance is not None:
-            if max(view.appearance.noise_std) > 0:
+            made = steps_made(view.appearance)
+            if "noise" in made:
                 inputs.append(Input(f"{name}/noise", dimensions + 1, layout))
                 inputs.append(Input(f"{name}/noise_scale", 0))
-            if max(view.appearance.blur_sigma_voxels) > 0:
+            if "blur" in made:
                 inputs.append(Input(f"{name}/sigma", 0))
-            if changes_contrast(view.appearance):
+            if "contrast" in made or "brightness" in made:
                 inputs += [Input(f"{name}/contrast", 0), Input(f"{name}/brightness", 0)]
-            if view.appearance.boxes > 0:
+            if "in_paint" in made:
                 inputs += [Input(f"{name}/box_start", 1), Input(f"{name}/box_size", 1)]
                 inputs.append(Input(f"{name}/box_fill", dimensions + 1, layout))
     return inputs
 
 
-def changes_contrast(ranges: AppearanceRanges) -> bool:
-    return list(ranges.contrast) != [1.0, 1.0] or ranges.brightness_std > 0
+def check_views(spec: ViewSpec) -> None:
+    """Raises: UserError for views that DALI's built-in operators cannot make: all but affine ones in COVER's order."""
+    for name, view in spec.views.items():
+        unmade = {
+            "size": view.size,
+            "box": view.box,
+            "elastic": view.elastic,
+            "flips": any(view.flips),
+            "quarter_turns": view.quarter_turns,
+            "clean": view.clean,
+            "displacement_to": view.displacement_to,
+        }
+        for what, wanted in unmade.items():
+            if wanted:
+                raise UserError(f"view {name!r}: {what} cannot be made by this version's pipeline; leave it out")
+        order = [] if view.appearance is None else list(view.appearance.order)
+        if [step for step in STEPS if step in order] != order:
+            raise UserError(
+                f"view {name!r}: appearance.order {order}: this version's pipeline makes {', '.join(STEPS)}, each once "
+                "and in this order; leave the others out"
+            )
+
+
+def steps_made(ranges: AppearanceRanges) -> set[str]:
+    """The steps of the order that may change anything."""
+    nothing = {
+        "noise": max(ranges.noise.std) == 0,
+        "blur": max(ranges.blur.sigma_voxels) == 0,
+        "contrast": list(ranges.contrast.factor) == [1.0, 1.0],
+        "brightness": ranges.brightness.std == 0 and list(ranges.brightness.shift) == [0.0, 0.0],
+        "in_paint": ranges.in_paint.count == 0,
+    }
+    return {step for step in ranges.order if not nothing[step]}
 
 
 def build_pipeline(
@@ -140,14 +173,15 @@ def _appearance(
     placed: Callable[[str], Any],
 ) -> Any:
     """Noise, blur, contrast, brightness, boxes: COVER's order."""
-    if max(ranges.noise_std) > 0:
+    made = steps_made(ranges)
+    if "noise" in made:
         image = image + placed(f"{name}/noise") * placed(f"{name}/noise_scale")
-    if max(ranges.blur_sigma_voxels) > 0:
+    if "blur" in made:
         image = fn.gaussian_blur(image, sigma=nodes[f"{name}/sigma"])
-    if changes_contrast(ranges):
+    if "contrast" in made or "brightness" in made:
         contrast = placed(f"{name}/contrast")
         image = image * contrast + (fn.reductions.mean(image) * (1.0 - contrast) + placed(f"{name}/brightness"))
-    if ranges.boxes > 0:
+    if "in_paint" in made:
         boxes = {"anchor": nodes[f"{name}/box_start"], "shape": nodes[f"{name}/box_size"]}
         # The fill is zero outside the boxes.
         image = fn.erase(image, **boxes, axis_names="DHW"[-dimensions:]) + placed(f"{name}/box_fill")

@@ -71,11 +71,13 @@ def build(library: Library, root: Path = SOURCES) -> Path:
     return result
 
 
-def load_module(name: str, sources: tuple[str, ...], root: Path = SOURCES) -> ModuleType:
+def load_module(
+    name: str, sources: tuple[str, ...], root: Path = SOURCES, *, flags: tuple[str, ...] = ()
+) -> ModuleType:
     """The pybind11 module `name` (as its PYBIND11_MODULE says), compiled if need be. Raises UserError like `build`."""
     if name in sys.modules:
         return sys.modules[name]
-    path = build(module_library(name, sources), root)
+    path = build(module_library(name, sources, flags), root)
     loader = importlib.machinery.ExtensionFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None
@@ -85,7 +87,7 @@ def load_module(name: str, sources: tuple[str, ...], root: Path = SOURCES) -> Mo
     return module
 
 
-def module_library(name: str, sources: tuple[str, ...]) -> Library:
+def module_library(name: str, sources: tuple[str, ...], flags: tuple[str, ...] = ()) -> Library:
     try:
         import pybind11
     except ImportError:
@@ -100,6 +102,7 @@ def module_library(name: str, sources: tuple[str, ...]) -> Library:
         name,
         sources,
         includes=(pybind11.get_include(), python),
+        flags=flags,
         versions=(pybind11.__version__, sys.implementation.cache_tag or "", sys.version),
     )
 

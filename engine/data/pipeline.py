@@ -1,8 +1,8 @@
 """Views of volumes as torch tensors, prepared by DALI while the model trains.
 
-Python decides (`planner.py`) and reads: for each slot the box of voxels that its views look at, straight from the
-memory-mapped volume. DALI cuts, warps and changes intensities with its built-in operators, on the CPU or the GPU.
-None of DALI's random operators is used: noise is drawn by numpy where the plan is, so a batch is a function of
+The planner decides (`planner.py`) and Python reads: for each slot the box of voxels that its views look at, straight
+from the memory-mapped volume. DALI cuts, warps and changes intensities with its built-in operators, on the CPU or the
+GPU. None of DALI's random operators is used: noise is drawn by numpy, keyed as the plan is, so a batch is a function of
 (seed, split, step, slot), bit for bit for one version of numpy and DALI on one kind of machine.
 """
 
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ...methods.views import ViewSpec
 from ..errors import UserError
-from .geometry import Box, affine_box, crop_box, field_tables, sampling_matrix
-from .graph import SMALLEST_SIGMA_VOXELS, Pipeline, build_pipeline, changes_contrast, graph_inputs
+from .geometry import Array, Box, affine_of_crop, field_tables, sampling_matrix
+from .graph import SMALLEST_SIGMA_VOXELS, Pipeline, build_pipeline, check_views, graph_inputs, steps_made
 from .planner import Plan, Planner
 from .store import Case, Store
 
@@ -88,6 +88,7 @@ class ViewPipeline:
                 f"take a multiple of {world_size * accumulation}"
             )
         self.planner = Planner(cases, spec, seed, global_batch=global_batch)
+        check_views(spec)
         self.spec = spec
         self.split = split
         self._store = store
@@ -148,7 +149,7 @@ class ViewPipeline:
         device = next(iter(batch.values())).device
         for name, view in self.spec.views.items():
             if view.displacement:
-                affines = np.stack([plan.views[name].affine for plan in plans[rows]])
+                affines = np.stack([view_affine(plan, name, len(self.spec.crop)) for plan in plans[rows]])
                 batch["affine"] = torch.from_numpy(affines).to(device)
         batch["case"] = [self.planner.cases[plan.case_index].id for plan in plans[rows]]
         batch["origin"] = torch.tensor([plan.origin for plan in plans[rows]], dtype=torch.int64, device=device)
@@ -207,7 +208,7 @@ def _read_slot(
 ) -> tuple[Plan, Arrays]:
     plan, spec = planner.plan(step, slot, split), planner.spec
     case = planner.cases[plan.case_index]
-    region = region_box(spec, plan, case)
+    region = region_box(plan, len(spec.crop))
     voxels = read_region(store, case, region, plan.origin[0], dtype)
     arrays = {"region": voxels[..., None], **_geometry_arrays(spec, plan, case, region)}
     for name, view in spec.views.items():
@@ -216,20 +217,14 @@ def _read_slot(
     return plan, arrays
 
 
-def region_box(spec: ViewSpec, plan: Plan, case: Case) -> Box:
+def region_box(plan: Plan, dimensions: int) -> Box:
     """The smallest box that holds all voxels any view of the slot looks at; in 2-D of the last two axes."""
-    dimensions = len(spec.crop)
-    origin, volume = plan.origin[-dimensions:], case.shape[-dimensions:]
-    boxes = [
-        crop_box(origin, spec.crop, volume)
-        if view.affine is None
-        else affine_box(plan.views[name].affine, origin, spec.crop, volume)
-        for name, view in spec.views.items()
-    ]
-    region = boxes[0]
-    for box in boxes[1:]:
-        region = region.union(box)
-    return region
+    return Box(plan.region.lower[-dimensions:], plan.region.upper[-dimensions:])
+
+
+def view_affine(plan: Plan, name: str, dimensions: int) -> Array:
+    """(D, D+1): index p of the view -> index p + psi(p) of the crop."""
+    return affine_of_crop(plan.views[name].to_volume, plan.origin, dimensions)
 
 
 def read_region(store: Store, case: Case, region: Box, slice_index: int, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -260,7 +255,7 @@ def _geometry_arrays(spec: ViewSpec, plan: Plan, case: Case, region: Box) -> Arr
     origin, volume = plan.origin[-dimensions:], case.shape[-dimensions:]
     arrays: Arrays = {}
     for name, view in spec.views.items():
-        affine = plan.views[name].affine
+        affine = view_affine(plan, name, dimensions)
         if view.affine is None:
             arrays[f"{name}/start"] = np.subtract(origin, region.lower).astype(np.int32)
         else:
@@ -271,29 +266,46 @@ def _geometry_arrays(spec: ViewSpec, plan: Plan, case: Case, region: Box) -> Arr
 
 
 def _appearance_arrays(planner: Planner, plan: Plan, name: str, case: Case) -> Arrays:
-    """Numbers and noise of one view in the units of the volume; only what `graph_inputs` lists is drawn."""
-    ranges, drawn = planner.spec.views[name].appearance, plan.views[name].appearance
+    """Numbers and noise of one view in the units of the volume; what the plan leaves out changes nothing."""
+    ranges = planner.spec.views[name].appearance
     assert ranges is not None
-    assert drawn is not None
-    crop, low = planner.spec.crop, case.intensity["low"]
-    span = case.intensity["high"] - low
+    crop, made = planner.spec.crop, steps_made(ranges)
+    steps = {step.kind: step for step in plan.views[name].steps}
     arrays: Arrays = {}
-    if max(ranges.noise_std) > 0:
+
+    def number(kind: str, unchanged: float) -> NDArray[np.float32]:
+        return np.asarray(steps[kind].numbers[0] if kind in steps else unchanged, np.float32)
+
+    if "noise" in made:
         generator = planner.generator(plan.split, plan.step, plan.slot, f"noise {name}")
         arrays[f"{name}/noise"] = generator.standard_normal((*crop, 1), np.float32)
-        arrays[f"{name}/noise_scale"] = np.asarray(drawn.noise_std * span, np.float32)
-    if max(ranges.blur_sigma_voxels) > 0:
-        arrays[f"{name}/sigma"] = np.asarray(max(drawn.blur_sigma_voxels, SMALLEST_SIGMA_VOXELS), np.float32)
-    if changes_contrast(ranges):
-        arrays[f"{name}/contrast"] = np.asarray(drawn.contrast, np.float32)
-        arrays[f"{name}/brightness"] = np.asarray(drawn.brightness * span, np.float32)
-    if ranges.boxes > 0:
+        arrays[f"{name}/noise_scale"] = number("noise", 0.0)
+    if "blur" in made:
+        arrays[f"{name}/sigma"] = np.maximum(number("blur", 0.0), np.float32(SMALLEST_SIGMA_VOXELS))
+    if "contrast" in made or "brightness" in made:
+        arrays[f"{name}/contrast"], arrays[f"{name}/brightness"] = number("contrast", 1.0), number("brightness", 0.0)
+    if "in_paint" in made:
+        # Boxes of size 0 after the drawn ones: arrays of one shape, however many boxes there are.
+        boxes = np.zeros((ranges.in_paint.count, 2, 3), np.int32)
+        if "in_paint" in steps:
+            drawn = steps["in_paint"].boxes.reshape(-1, 2, 3)
+            boxes[: len(drawn)] = drawn
+        start, size = boxes[:, 0, -len(crop) :], boxes[:, 1, -len(crop) :]
+        arrays[f"{name}/box_start"] = start.ravel().astype(np.float32)
+        arrays[f"{name}/box_size"] = size.ravel().astype(np.float32)
         generator = planner.generator(plan.split, plan.step, plan.slot, f"boxes {name}")
-        fill = np.zeros((*crop, 1), np.float32)
-        for start, size in zip(drawn.box_start, drawn.box_size, strict=True):
-            place = tuple(slice(first, first + side) for first, side in zip(start, size, strict=True))
-            fill[place] = low + span * generator.random((*size, 1), np.float32)
-        arrays[f"{name}/box_start"] = drawn.box_start.ravel().astype(np.float32)
-        arrays[f"{name}/box_size"] = drawn.box_size.ravel().astype(np.float32)
-        arrays[f"{name}/box_fill"] = fill
+        arrays[f"{name}/box_fill"] = _box_fill(generator, crop, start, size, case)
     return arrays
+
+
+def _box_fill(
+    generator: np.random.Generator, crop: Sequence[int], start: NDArray[Any], size: NDArray[Any], case: Case
+) -> NDArray[np.float32]:
+    """Uniform noise over the case's intensity range inside the boxes, 0 elsewhere."""
+    low = case.intensity["low"]
+    span = case.intensity["high"] - low
+    fill = np.zeros((*crop, 1), np.float32)
+    for first, sides in zip(start, size, strict=True):
+        place = tuple(slice(begin, begin + side) for begin, side in zip(first, sides, strict=True))
+        fill[place] = low + span * generator.random((*sides, 1), np.float32)
+    return fill

@@ -9,12 +9,13 @@ import torch
 from scipy import ndimage
 from view_samples import COVER, EPSILON, WIDE, assert_same, make_store, slots, take, varied_store
 
-from voxtrast.engine.data.pipeline import ViewPipeline, read_region, region_box
+from voxtrast.engine.data.pipeline import ViewPipeline, read_region, region_box, view_affine
 from voxtrast.engine.data.planner import Plan
 from voxtrast.engine.data.store import Case, Store
 from voxtrast.engine.errors import UserError
 from voxtrast.kernels import warp
-from voxtrast.methods.views import AffineRanges, AppearanceRanges, View, ViewSpec
+from voxtrast.methods.cover import cover_appearance
+from voxtrast.methods.views import AffineRanges, AppearanceRanges, Blur, BoxRanges, ElasticRanges, Noise, View, ViewSpec
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def check_warped(store: Store, case: Case, plan: Plan, crop: tuple[int, ...], sa
     if dimensions == 2:
         volume = volume[plan.origin[0]]
     background = case.intensity["background"]
-    affine, origin = plan.views["fixed"].affine, np.array(plan.origin[-dimensions:], np.float64)
+    affine, origin = view_affine(plan, "fixed", dimensions), np.array(plan.origin[-dimensions:], np.float64)
     index = np.stack(np.meshgrid(*map(np.arange, crop), indexing="ij")).reshape(dimensions, -1)
     position = affine[:, :-1] @ index + affine[:, -1:]
     in_volume = position + origin[:, None]
@@ -165,7 +166,7 @@ def test_batches_have_the_promised_form(store: Store) -> None:
 
 
 def test_any_views_under_any_names(store: Store) -> None:
-    both = View(affine=AffineRanges(), appearance=AppearanceRanges())
+    both = View(affine=AffineRanges(), appearance=cover_appearance())
     spec = ViewSpec((16, 16, 16), {"global/1": both, "global/2": both, "clean": View()})
     ((batch,),) = take(store, spec, 1)
     assert set(batch) == {"global/1", "global/2", "clean", "case", "origin"}
@@ -239,7 +240,7 @@ def test_only_the_region_that_is_looked_at_is_read(tmp_path: Path) -> None:
     assert max(max(shape) for shape in read) <= 16 * 1.25 * 1.8 + 4 + 3
     with ViewPipeline(store, store.cases, spec, seed=0, global_batch=1) as pipeline:
         plan, case = pipeline.planner.plan(0, 0), store.cases[0]
-        box = region_box(spec, plan, case)
+        box = region_box(plan, 3)
         region = read_region(store, case, box, 0, np.dtype(np.float16))
         assert region.shape == box.shape
         assert region.nbytes < 0.1 * store.volume(case).nbytes
@@ -252,6 +253,26 @@ def test_cases_that_are_too_small_are_reported(store: Store) -> None:
         assert next(pipeline)[0]["case"] == ["case0"]
     with pytest.raises(UserError, match=r"crop 200x20x20.*smaller crop"):
         ViewPipeline(store, store.cases, ViewSpec((200, 20, 20), {"x": View()}), seed=1, global_batch=1)
+
+
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        (View(size=[8, 8, 8]), "size"),
+        (View(box=BoxRanges(sides=[[16, 16, 16]])), "box"),
+        (View(elastic=ElasticRanges()), "elastic"),
+        (View(flips=[0.5, 0, 0]), "flips"),
+        (View(quarter_turns=True), "quarter_turns"),
+        (View(clean=True), "clean"),
+        (View(appearance=AppearanceRanges(order=["gamma"])), "appearance.order"),
+        (View(appearance=AppearanceRanges(order=["blur", "noise"])), "appearance.order"),
+        (View(appearance=AppearanceRanges(order=["noise|blur"], noise=Noise(probability=0.1),
+                                          blur=Blur(probability=0.1))), "appearance.order"),
+    ],
+)  # fmt: skip
+def test_views_beyond_the_built_in_operators_are_refused(store: Store, view: View, message: str) -> None:
+    with pytest.raises(UserError, match=f"'x': {message}.*this version's pipeline"):
+        ViewPipeline(store, store.cases, ViewSpec((16, 16, 16), {"x": view}), seed=0, global_batch=1)
 
 
 @pytest.mark.parametrize(
