@@ -27,7 +27,7 @@
 
 namespace voxtrast {
 
-constexpr double kBorder = 1e-4;  // voxels
+constexpr double kBorder = 1e-5;  // voxels
 
 enum class VoxelType : int32_t { float32, float16 };
 enum class Interpolation : int32_t { linear, nearest };

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import random_numbers
 from numpy.typing import NDArray
 from scipy import ndimage, stats
 from view_interface import TARGETS, ViewCase, make_view, permuted, use_target
@@ -38,36 +39,15 @@ def assert_close(found: Array, expected: Array, tolerance: float = 2e-6) -> None
 
 
 def philox(count: int, stream: int) -> Array:
-    """(count, 4) words of blocks 0 .. count - 1, as random.h has them."""
-    low, high = np.uint64(0xFFFFFFFF), np.uint64(32)
-    key = [KEY["seed"] & 0xFFFFFFFF, KEY["seed"] >> 32]
-    words = [np.arange(count, dtype=np.uint64)]
-    words += [np.full(count, number, np.uint64) for number in (stream, KEY["slot"], KEY["step"])]
-    for _ in range(10):
-        first, second = np.uint64(0xD2511F53) * words[0], np.uint64(0xCD9E8D57) * words[2]
-        words = [
-            (second >> high) ^ words[1] ^ np.uint64(key[0]),
-            second & low,
-            (first >> high) ^ words[3] ^ np.uint64(key[1]),
-            first & low,
-        ]
-        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return np.stack(words, axis=1).astype(np.uint32)
+    return random_numbers.philox(count, stream, **KEY)
 
 
 def uniform_numbers(size: tuple[int, ...], stream: int) -> Array:
-    count = int(np.prod(size))
-    words = philox((count + 3) // 4, stream).reshape(-1)[:count]
-    return ((words >> 8) / 2.0**24).reshape(size)
+    return random_numbers.uniform_numbers(size, stream, **KEY)
 
 
 def normal_numbers(size: tuple[int, ...], stream: int) -> Array:
-    count = int(np.prod(size))
-    words = philox((count + 3) // 4, stream).reshape(-1, 2)
-    radius = np.sqrt(-2 * np.log((1 + (words[:, 0] >> 8)) / 2.0**24))
-    angle = 2 * np.pi * words[:, 1].view(np.int32) / 2.0**32
-    pairs = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    return pairs.reshape(-1)[:count].reshape(size)
+    return random_numbers.normal_numbers(size, stream, **KEY)
 
 
 def gamma(v: Array, exponent: float, inverted: bool) -> Array:
