@@ -1,10 +1,5 @@
-"""The arithmetic of views, in float64 and without randomness: affine maps, boxes of voxels, separable tables.
+"""Boxes of voxels. Axes are ordered (D, H, W) or (H, W); index 0 is the centre of the first voxel."""
 
-Everything is in voxel indices, axes ordered (D, H, W) or (H, W): index 0 is the centre of the first voxel. An affine
-is a (D, D+1) array that takes an index p of the crop to the index p + psi(p) at which the moving crop is read.
-"""
-
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np

@@ -20,6 +20,8 @@ try:
 except ImportError as error:
     raise UserError("the data plane needs NVIDIA DALI, which is not installed: pip install 'voxtrast[dali]'") from error
 
+OPERATORS: Any = fn  # ours appear there when the plugin is loaded
+
 Source = Callable[[], tuple[list[NDArray[np.int64]], list[NDArray[np.uint8]]]]  # files and plans, one each a slot
 
 
@@ -56,7 +58,7 @@ def build_pipeline(
             ndim=[1, 1],
             no_copy=True,
         )
-        region = fn.voxtrast_read(files, plans, half=half)
+        region = OPERATORS.voxtrast_read(files, plans, half=half)
         outputs = _views(spec, region, plans)
         if device_id is not None:
             outputs = {name: output.gpu() for name, output in outputs.items()}
@@ -73,7 +75,7 @@ def _views(spec: ViewSpec, region: Any, plans: Any) -> dict[str, Any]:
             names.append(f"{name}_clean")
         if view.displacement:
             names += ["displacement", "mask"]
-        made = fn.voxtrast_view(
+        made = OPERATORS.voxtrast_view(
             region,
             plans,
             view=number,
