@@ -66,7 +66,7 @@ std::array<float, 3> antialias_of(const Affine& to_volume) {
   for (size_t axis = 0; axis < 3; ++axis) {
     const double shrinks = std::hypot(to_volume[4 * axis], to_volume[4 * axis + 1], to_volume[4 * axis + 2]);
     const double wanted = (shrinks - 1.0) / 2.0;
-    sigma[axis] = wanted < kLeastAntialias ? 0.0f : static_cast<float>(wanted);
+    sigma[axis] = wanted <= kLeastAntialias ? 0.0f : static_cast<float>(wanted);
   }
   return sigma;
 }

@@ -5,7 +5,7 @@
 
 namespace voxtrast {
 
-// A view that shrinks the volume by s > 1 along an axis sees it through a Gaussian of sigma (s - 1) / 2 voxels; below
+// A view that shrinks the volume by s > 1 along an axis sees it through a Gaussian of sigma (s - 1) / 2 voxels; up to
 // this there is none, as such a kernel leaves all but a thousandth in its middle.
 constexpr double kLeastAntialias = 0.25;
 

@@ -30,7 +30,7 @@ def native() -> Any:
     return load_module("voxtrast_geometry", ("geometry/*.cpp",), flags=("-ffp-contract=off",))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """One change of intensity; `numbers` in the units of the volume, as csrc/geometry/plan.h lists them."""
 
@@ -40,7 +40,7 @@ class Step:
     boxes: NDArray[np.int32]  # (boxes, 6): first voxel (D, H, W) in the view, then sides
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ViewPlan:
     """Geometry and steps of one view. All indices are (D, H, W); a 2-D view has depth 1."""
 
@@ -57,7 +57,7 @@ class ViewPlan:
     steps: tuple[Step, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Everything random about one slot of one step, but for what steps draw voxel by voxel (see Step.stream)."""
 

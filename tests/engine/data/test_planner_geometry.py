@@ -138,6 +138,16 @@ def test_a_box_is_resized_with_voxel_cells_aligned() -> None:
         assert found.antialias == (0.5, 0.0, 0.0)  # (2 - 1) / 2 where it shrinks
 
 
+@pytest.mark.parametrize(("side", "sigma"), [(8, 0.0), (12, 0.0), (13, 0.3125), (32, 1.5)])
+def test_only_views_that_shrink_the_volume_markedly_are_smoothed(side: int, sigma: float) -> None:
+    view = View(size=[8, 8, 8], box=BoxRanges(sides=[[side, 8, 4]]), flips=[1, 1, 1])
+    (plan,) = plans({"x": view}, 1)
+    assert plan.views["x"].antialias == (sigma, 0.0, 0.0)
+    turned = View(affine=AffineRanges(rotation_degrees=180, scale=[2, 2]))
+    for plan in plans({"x": turned}, 5):  # by 2 along each axis of the volume, however it is turned
+        np.testing.assert_allclose(plan.views["x"].antialias, 0.5, atol=1e-6)
+
+
 def test_a_view_of_another_size_shows_the_whole_crop() -> None:
     (plan,) = plans({"x": View(size=[4, 4])}, 1, crop=(16, 16))
     position = positions(plan.views["x"])[1:] - np.array(plan.origin[1:])[:, None]
