@@ -75,11 +75,12 @@ double bias_coordinate(int64_t index, int64_t size) {
 
 // The field's exponent along a row, as a cubic of w.
 void bias_cubic(const float* coefficients, double d, double h, float (&cubic)[4]) {
+  const double depth[4] = {1.0, d, d * d, d * d * d}, height[4] = {1.0, h, h * h, h * h * h};
   double sum[4] = {};
   int term = 0;
   for (int i = 0; i <= 3; ++i)
     for (int j = 0; i + j <= 3; ++j)
-      for (int k = 0; i + j + k <= 3; ++k) sum[k] += coefficients[term++] * std::pow(d, i) * std::pow(h, j);
+      for (int k = 0; i + j + k <= 3; ++k) sum[k] += coefficients[term++] * depth[i] * height[j];
   for (int k = 0; k < 4; ++k) cubic[k] = static_cast<float>(sum[k]);
 }
 

@@ -66,6 +66,31 @@ SampledRow sampled_region(const Region& region, const ViewPlan& plan, VoxelType&
   return row;
 }
 
+// Whether each voxel of a row is one of the region's, one after the other, forwards or backwards.
+bool is_straight(const SampledRow& row, bool deformed) {
+  if (deformed || row.step[0] != 0 || row.step[1] != 0 || std::fabs(row.step[2]) != 1) return false;
+  return std::floor(row.start[0]) == row.start[0] && std::floor(row.start[1]) == row.start[1] &&
+         std::floor(row.start[2]) == row.start[2];
+}
+
+void copy_straight(const SampledRow& row, VoxelType type, float* to) {
+  const auto d = static_cast<int64_t>(row.start[0]), h = static_cast<int64_t>(row.start[1]);
+  const bool forwards = row.step[2] > 0;
+  // Of the region, in its order.
+  const int64_t first = static_cast<int64_t>(row.start[2]) - (forwards ? 0 : row.count - 1);
+  const bool in_plane = d >= 0 && d < row.size[0] && h >= 0 && h < row.size[1];
+  const int64_t begin = std::clamp<int64_t>(-first, 0, row.count);
+  const int64_t end = in_plane ? std::clamp<int64_t>(row.size[2] - first, begin, row.count) : begin;
+  std::fill(to, to + begin, row.background);
+  std::fill(to + end, to + row.count, row.background);
+  const int64_t place = (d * row.size[1] + h) * row.size[2] + first + begin;
+  if (end > begin && type == VoxelType::float16)
+    row_path().widen(static_cast<const uint16_t*>(row.voxels) + place, end - begin, to + begin);
+  else if (end > begin)
+    std::memcpy(to + begin, static_cast<const float*>(row.voxels) + place, sizeof(float) * (end - begin));
+  if (!forwards) std::reverse(to, to + row.count);
+}
+
 // What all rows of the field share: psi = (M L - I) p + M t + m + M shift for to_volume = (L, t), from_volume = (M, m).
 class Field {
  public:
@@ -146,7 +171,9 @@ void make_view(const Region& region, const ViewPlan& plan, const DrawKey& key, I
       for (int axis = 0; axis < 3; ++axis)
         row.start[axis] = apply_row(plan.to_volume, axis, static_cast<double>(plane), static_cast<double>(h), 0.0) -
                           static_cast<double>(region.box.lower[axis]);
-      sample(row, output.view + (plane * plan.size[1] + h) * plan.size[2]);
+      float* values = output.view + (plane * plan.size[1] + h) * plan.size[2];
+      if (is_straight(row, plan.elastic.points[0] > 0)) copy_straight(row, type, values);
+      else sample(row, values);
       if (with_field) field.make_row(plane, h, row.shift);
     }
     if (output.clean != nullptr)

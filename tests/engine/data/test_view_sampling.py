@@ -137,6 +137,15 @@ def test_a_crop_at_an_offset_is_cut_exactly() -> None:
     assert np.array_equal(view, region[3:9, 2:9, 4:37])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("first", [-9, -3, 0, 30, 37, 60])
+@pytest.mark.parametrize("step", [1, -1])
+def test_rows_cut_along_the_axes_end_in_background(dtype: str, first: int, step: int) -> None:
+    region = smooth((5, 6, 40)).astype(dtype)
+    to_volume = np.array([[1.0, 0, 0, -1], [0, -1, 0, 4], [0, 0, step, first]])
+    assert_sampled(ViewCase(region, (8, 9, 20), to_volume, background=-0.5), 1e-12)
+
+
 def test_labels_take_the_nearest_voxel() -> None:
     size = (18, 20, 35)
     labels = RANDOM.integers(0, 5, (30, 31, 32)).astype(np.float32)
