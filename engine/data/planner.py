@@ -26,8 +26,9 @@ __all__ = ["Plan", "Planner", "Step", "ViewPlan", "check_spec", "usable_cases"]
 
 def native() -> Any:
     """The compiled planner; compiled now where it is asked for the first time. Raises UserError as `build` does."""
-    # Without contraction no product and sum become one operation on some machines and two on others.
-    return load_module("voxtrast_geometry", ("geometry/*.cpp",), flags=("-ffp-contract=off",))
+    # Without contraction no product and sum become one operation on some machines and two on others. Nobody waits for
+    # a plan of 30 microseconds; more optimisation is more seconds of compiling.
+    return load_module("voxtrast_geometry", ("geometry/*.cpp",), flags=("-O1", "-ffp-contract=off"))
 
 
 @dataclass(frozen=True, eq=False)
