@@ -1,6 +1,7 @@
 """Builds the compiled half of the kernels; everything else about the package stands in pyproject.toml.
 
-The folders kernels/, methods/ and engine/ become `voxtrast.kernels`, `voxtrast.methods` and `voxtrast.engine`.
+The folders kernels/, methods/ and engine/ become `voxtrast.kernels`, `voxtrast.methods` and `voxtrast.engine`; of
+csrc/ the sources that are compiled on first use travel as data under `voxtrast/csrc` (engine/data/native.py).
 `voxtrast.kernels._C` (C++, CPU) uses torch's stable ABI and Python's limited API: one wheel for every Python from
 3.10 on. `_C_cuda` is a library of its own, built where nvcc is found, because torch's extension builder links CUDA
 symbols that CPU builds of torch lack. Without a C++ compiler the package installs and says so: the torch
@@ -33,6 +34,10 @@ def packages() -> list[str]:
             below = init.parent.relative_to(ROOT / folder).parts
             found.append(".".join((name, *below)))
     return found
+
+
+# What engine/data/native.py compiles on the user's machine.
+COMPILED_ON_FIRST_USE = ["cpu/*.h", "cpu/*.inl", "cpu/target.cpp", "geometry/*", "view/*", "dali/*"]
 
 
 def sources(*patterns: str) -> list[str]:
@@ -119,11 +124,13 @@ def compiled_parts() -> dict[str, Any]:
 
 if __name__ == "__main__":
     setup(
-        packages=packages(),
-        package_dir={name: folder for folder, name in PACKAGES.items()},
+        packages=[*packages(), "voxtrast.csrc"],
+        package_dir={**{name: folder for folder, name in PACKAGES.items()}, "voxtrast.csrc": "csrc"},
+        include_package_data=False,  # what the sdist holds and what is installed are two lists
         package_data={"voxtrast.kernels": ["py.typed"],
                       "voxtrast.kernels.triton": ["configurations.json"],
                       "voxtrast.methods": ["py.typed", "recipes/*.yaml"],
-                      "voxtrast.engine": ["py.typed"]},
+                      "voxtrast.engine": ["py.typed"],
+                      "voxtrast.csrc": COMPILED_ON_FIRST_USE},
         **compiled_parts(),
     )  # fmt: skip

@@ -37,13 +37,18 @@ from .method import Batch, Method
 from .views import AffineRanges, AppearanceRanges, View, ViewSpec
 
 
+def cover_appearance() -> AppearanceRanges:
+    """The official steps in the official order; their ranges are the steps' own defaults."""
+    return AppearanceRanges(order=["noise", "blur", "contrast", "brightness", "in_paint"])
+
+
 @dataclass
 class CoverViews:
     """The two views of COVER."""
 
     crop: list[int] = field(default_factory=lambda: [96, 96, 96])  # D, H, W voxels (H, W for 2-D)
     affine: AffineRanges = field(default_factory=AffineRanges)  # of the fixed view
-    appearance: AppearanceRanges = field(default_factory=AppearanceRanges)  # of the moving view
+    appearance: AppearanceRanges = field(default_factory=cover_appearance)  # of the moving view
 
 
 @dataclass

@@ -117,6 +117,7 @@ def test_a_wheel_installed_beside_torch_alone_gives_a_loss(tmp_path: Path) -> No
     assert "voxtrast/kernels/_C.abi3.so" in names
     assert "voxtrast/kernels/triton/configurations.json" in names
     assert "voxtrast/methods/recipes/cover-3d.yaml" in names
+    assert {"voxtrast/csrc/geometry/plan.h", "voxtrast/csrc/cpu/target.cpp"} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "setup", "voxtrast/__init__"))]
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "bare"], check=True)
     python = tmp_path / "bare" / "bin" / "python"

@@ -1,15 +1,16 @@
 """Views of volumes as torch tensors, prepared by DALI while the model trains.
 
-Python decides (`planner.py`) and reads: for each slot the box of voxels that its views look at, straight from the
-memory-mapped volume. DALI cuts, warps and changes intensities with its built-in operators, on the CPU or the GPU.
-None of DALI's random operators is used: noise is drawn by numpy where the plan is, so a batch is a function of
-(seed, split, step, slot), bit for bit for one version of numpy and DALI on one kind of machine.
+The planner decides (`planner.py`), Python opens and checks the file of each slot, and our operators inside DALI read
+the region and make the views (`graph.py`). A batch is a function of (seed, split, step, slot), bit for bit on one kind
+of processor, whatever the ranks, threads and restarts.
 """
 
+import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -20,13 +21,35 @@ from torch import Tensor
 
 from ...methods.views import ViewSpec
 from ..errors import UserError
-from .geometry import Box, affine_box, crop_box, field_tables, sampling_matrix
-from .graph import SMALLEST_SIGMA_VOXELS, Pipeline, build_pipeline, changes_contrast, graph_inputs
+from .graph import Pipeline, Source, build_pipeline
+from .native import STORED_TYPES
 from .planner import Plan, Planner
-from .store import Case, Store
+from .store import VOLUMES, Case, Store, open_array
 
 Batch = dict[str, Any]  # tensors by name, and the case ids under "case"
-Arrays = dict[str, NDArray[Any]]
+
+
+class OpenVolume:
+    """A volume's file, checked and open for as long as this object lives: it may vanish from its folder meanwhile.
+
+    Raises: UserError naming a file that is missing, or not what the index says.
+    """
+
+    def __init__(self, store: Store, case: Case) -> None:
+        with open_array(store.path / VOLUMES / f"{case.id}.npy", case.shape, case.dtype) as stream:
+            offset = stream.tell()
+            self.descriptor = os.dup(stream.fileno())
+        weakref.finalize(self, os.close, self.descriptor)
+        self.description = np.array([self.descriptor, offset, STORED_TYPES.index(case.dtype)], np.int64)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What DALI is sent for a slot, and what must stay until DALI has made its views."""
+
+    plan: Plan
+    volume: OpenVolume
+    plan_bytes: NDArray[np.uint8]
 
 
 class ViewPipeline:
@@ -35,13 +58,14 @@ class ViewPipeline:
     With b = global_batch / (world_size * accumulation), micro batch k of rank r holds the slots from
     (k * world_size + r) * b on: the same global batch whatever the number of ranks. For COVER's views a batch holds
 
-        moving, fixed    (b, 1, *crop) float32        every view under its name
-        displacement     (b, D, *crop) float32        psi in voxels; of the view with `displacement`, as the next two
-        mask             (b, 1, *crop) float32        1 where p + psi(p) lies inside the crop and inside the volume
-        affine           (b, D, D+1) float64          crop index p -> p + psi(p)
+        moving, fixed    (b, 1, *size) float32        every view under its name
+        displacement     (b, D, *size) float32        psi in voxels; of the view with `displacement`, as the next two
+        mask             (b, 1, *size) float32        1 where p + psi(p) lies inside the other view and the volume
+        affine           (b, D, D+1) float64          index p -> p + psi(p), but for a deformation
         case, origin     list[str], (b, 3) int64      where the crop was taken; negative where it is padded
+        position         (b,) float32                 of the slice in the volume, 0 to 1; for slices alone
 
-    Outside a volume everything is the case's background.
+    and NAME_clean for views that ask for it. Outside a volume everything is the case's background.
 
     Args:
         store: where the volumes are.
@@ -51,8 +75,8 @@ class ViewPipeline:
         global_batch: slots a step over all ranks and micro batches.
         start_step: the first step to produce; the step number is the only state.
         split: another word gives other draws from the same seed ("train", "validation").
-        device_id: GPU that augments and holds the results; None for the CPU.
-        threads: of DALI, and of the readers that draw noise and read volumes ahead of it.
+        device_id: GPU that holds the results; None for the CPU.
+        threads: of DALI, and of those that plan and open files ahead of it.
         prefetch: steps that DALI prepares ahead while one is used.
     Raises: UserError for settings that do not fit together and, while iterating, for a volume that cannot be read.
     """
@@ -97,21 +121,19 @@ class ViewPipeline:
         self._slots = [
             (k * world_size + rank) * self._micro + i for k in range(accumulation) for i in range(self._micro)
         ]
-        self._dtype = np.result_type(*{np.dtype(case.dtype) for case in self.planner.cases})
-        self._inputs = graph_inputs(spec, self._dtype)
-        self._next_step = start_step  # that the readers have not been asked for
-        self._ahead: deque[list[Future[tuple[Plan, Arrays]]]] = deque()
-        # What DALI has been sent and has not given back: the plans go out with the batch, and the arrays must live
-        # until then: DALI 2.4 reads them where they are (`no_copy`), from threads of its own, until it is shut down.
-        self._sent: deque[list[tuple[Plan, Arrays]]] = deque()
+        self._next_step = start_step  # that nobody has been asked to plan
+        self._ahead: deque[list[Future[Slot]]] = deque()
+        # What DALI has been sent and has not given back: the plans go out with the batch, and files and arrays must
+        # live until then: DALI 2.4 reads them where they are, from threads of its own, until it is shut down.
+        self._sent: deque[list[Slot]] = deque()
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="voxtrast-reader")
         # For pipelines that are dropped without close(); not waiting, as any thread may be the one that drops it.
         weakref.finalize(self, self._readers.shutdown, wait=False, cancel_futures=True)
         self._pipeline: Pipeline | None
         self._pipeline, self._outputs = build_pipeline(
             spec,
-            self._inputs,
             _weak_source(self, self._sent),
+            half=all(case.dtype == "float16" for case in self.planner.cases),
             slots=len(self._slots),
             threads=threads,
             device_id=device_id,
@@ -132,37 +154,39 @@ class ViewPipeline:
         stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id)
         try:
             lists = self._pipeline.run(stream)
-        except Exception:
+        except Exception as error:
             self.close()  # a step is missing now: nobody may go on as if it were not
-            raise
+            if isinstance(error, UserError) or "voxtrast_" not in str(error):
+                raise
+            raise UserError(f"{_own_words(error)}; check the store with `voxtrast prepare --check STORE`") from error
         views = {name: torch.from_dlpack(item.as_tensor()) for name, item in zip(self._outputs, lists, strict=True)}
-        plans = [plan for plan, _ in self._sent.popleft()]
+        plans = [slot.plan for slot in self._sent.popleft()]
         return [self._batch(views, plans, k * self._micro) for k in range(self._accumulation)]
 
     def _batch(self, views: dict[str, Tensor], plans: list[Plan], first: int) -> Batch:
         rows = slice(first, first + self._micro)
         batch: Batch = {}
         for name, tensor in views.items():
-            # One channel: last and first are the same memory.
-            batch[name] = tensor[rows] if name == "displacement" else tensor[rows].view(-1, 1, *self.spec.crop)
+            batch[name] = tensor[rows] if name == "displacement" else tensor[rows].unsqueeze(1)
         device = next(iter(batch.values())).device
         for name, view in self.spec.views.items():
             if view.displacement:
-                affines = np.stack([plan.views[name].affine for plan in plans[rows]])
+                affines = np.stack([field_affine(plan, name, len(self.spec.crop)) for plan in plans[rows]])
                 batch["affine"] = torch.from_numpy(affines).to(device)
+        if len(self.spec.crop) == 2:
+            batch["position"] = torch.tensor([plan.position for plan in plans[rows]], device=device)
         batch["case"] = [self.planner.cases[plan.case_index].id for plan in plans[rows]]
         batch["origin"] = torch.tensor([plan.origin for plan in plans[rows]], dtype=torch.int64, device=device)
         return batch
 
-    def _source(self) -> tuple[list[tuple[Plan, Arrays]], tuple[list[NDArray[Any]], ...]]:
-        """One step for DALI, as read and as DALI takes it; called in the thread that iterates, one by one."""
+    def _source(self) -> list[Slot]:
+        """One step for DALI; called in the thread that iterates, one by one."""
         while len(self._ahead) < 2:  # this step, and the one that the readers turn to meanwhile
-            step = self._next_step
-            job = (self._store, self.planner, self._dtype, self.split, step)  # not self: readers must not keep it alive
-            self._ahead.append([self._readers.submit(_read_slot, *job, slot) for slot in self._slots])
+            # Not self: readers must not keep it alive.
+            job = (self._store, self.planner, self.split, self._next_step)
+            self._ahead.append([self._readers.submit(_prepare_slot, *job, slot) for slot in self._slots])
             self._next_step += 1
-        ready = [future.result() for future in self._ahead.popleft()]
-        return ready, tuple([arrays[item.name] for _, arrays in ready] for item in self._inputs)
+        return [future.result() for future in self._ahead.popleft()]
 
     def close(self) -> None:
         """Ends the readers and releases what DALI holds; batches already handed out stay valid."""
@@ -183,117 +207,38 @@ class ViewPipeline:
         self.close()
 
 
-def _weak_source(
-    owner: ViewPipeline, sent: deque[list[tuple[Plan, Arrays]]]
-) -> Callable[[], tuple[list[NDArray[Any]], ...]]:
+def _weak_source(owner: ViewPipeline, sent: deque[list[Slot]]) -> Source:
     """The owner's next step, for DALI to call, without keeping the owner alive as a bound method would.
 
     What was sent is kept alive instead, for as long as DALI keeps this function: beyond its own shutdown.
     """
     reference = weakref.ref(owner)
 
-    def source() -> tuple[list[NDArray[Any]], ...]:
+    def source() -> tuple[list[NDArray[np.int64]], list[NDArray[np.uint8]]]:
         alive = reference()
         assert alive is not None, "DALI asks for a step within the owner's own run only"
-        ready, arrays = alive._source()
-        sent.append(ready)
-        return arrays
+        slots = alive._source()
+        sent.append(slots)
+        return [slot.volume.description for slot in slots], [slot.plan_bytes for slot in slots]
 
     return source
 
 
-def _read_slot(
-    store: Store, planner: Planner, dtype: np.dtype[Any], split: str, step: int, slot: int
-) -> tuple[Plan, Arrays]:
-    plan, spec = planner.plan(step, slot, split), planner.spec
-    case = planner.cases[plan.case_index]
-    region = region_box(spec, plan, case)
-    voxels = read_region(store, case, region, plan.origin[0], dtype)
-    arrays = {"region": voxels[..., None], **_geometry_arrays(spec, plan, case, region)}
-    for name, view in spec.views.items():
-        if view.appearance is not None:
-            arrays.update(_appearance_arrays(planner, plan, name, case))
-    return plan, arrays
+def _prepare_slot(store: Store, planner: Planner, split: str, step: int, slot: int) -> Slot:
+    plan = planner.plan(step, slot, split)
+    volume = OpenVolume(store, planner.cases[plan.case_index])
+    return Slot(plan, volume, np.frombuffer(plan.to_bytes(), np.uint8))
 
 
-def region_box(spec: ViewSpec, plan: Plan, case: Case) -> Box:
-    """The smallest box that holds all voxels any view of the slot looks at; in 2-D of the last two axes."""
-    dimensions = len(spec.crop)
-    origin, volume = plan.origin[-dimensions:], case.shape[-dimensions:]
-    boxes = [
-        crop_box(origin, spec.crop, volume)
-        if view.affine is None
-        else affine_box(plan.views[name].affine, origin, spec.crop, volume)
-        for name, view in spec.views.items()
-    ]
-    region = boxes[0]
-    for box in boxes[1:]:
-        region = region.union(box)
-    return region
+def field_affine(plan: Plan, name: str, dimensions: int) -> NDArray[np.float64]:
+    """(D, D+1): index p of the view -> index p + psi(p) of the view that its field leads to, but for a deformation."""
+    view = plan.views[name]
+    affine = view.from_volume[:, :3] @ view.to_volume
+    affine[:, 3] += view.from_volume[:, 3]
+    return affine[-dimensions:, -dimensions - 1 :]
 
 
-def read_region(store: Store, case: Case, region: Box, slice_index: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """A box of voxels of a volume, background where the box reaches beyond it; nothing else is read.
-
-    A box of two axes is cut from the slice at `slice_index` of the first axis.
-
-    Raises: UserError naming a file that is missing, or not what the index says.
-    """
-    volume = store.volume(case)
-    sizes = case.shape[-len(region.lower) :]
-    inside = [(max(low, 0), min(high, size)) for low, high, size in zip(region.lower, region.upper, sizes, strict=True)]
-    source: tuple[Any, ...] = tuple(slice(low, max(low, high)) for low, high in inside)
-    if len(region.lower) == 2:
-        source = (slice_index, *source)
-    if region.lower == tuple(low for low, _ in inside) and region.upper == tuple(high for _, high in inside):
-        return np.array(volume[source], dtype)
-    voxels = np.full(region.shape, case.intensity["background"], dtype)
-    target = tuple(
-        slice(low - start, max(low, high) - start) for (low, high), start in zip(inside, region.lower, strict=True)
-    )
-    voxels[target] = volume[source]
-    return voxels
-
-
-def _geometry_arrays(spec: ViewSpec, plan: Plan, case: Case, region: Box) -> Arrays:
-    dimensions = len(spec.crop)
-    origin, volume = plan.origin[-dimensions:], case.shape[-dimensions:]
-    arrays: Arrays = {}
-    for name, view in spec.views.items():
-        affine = plan.views[name].affine
-        if view.affine is None:
-            arrays[f"{name}/start"] = np.subtract(origin, region.lower).astype(np.int32)
-        else:
-            arrays[f"{name}/matrix"] = sampling_matrix(affine, origin, region)
-        if view.displacement:
-            arrays.update(vars(field_tables(affine, origin, spec.crop, volume)))
-    return arrays
-
-
-def _appearance_arrays(planner: Planner, plan: Plan, name: str, case: Case) -> Arrays:
-    """Numbers and noise of one view in the units of the volume; only what `graph_inputs` lists is drawn."""
-    ranges, drawn = planner.spec.views[name].appearance, plan.views[name].appearance
-    assert ranges is not None
-    assert drawn is not None
-    crop, low = planner.spec.crop, case.intensity["low"]
-    span = case.intensity["high"] - low
-    arrays: Arrays = {}
-    if max(ranges.noise_std) > 0:
-        generator = planner.generator(plan.split, plan.step, plan.slot, f"noise {name}")
-        arrays[f"{name}/noise"] = generator.standard_normal((*crop, 1), np.float32)
-        arrays[f"{name}/noise_scale"] = np.asarray(drawn.noise_std * span, np.float32)
-    if max(ranges.blur_sigma_voxels) > 0:
-        arrays[f"{name}/sigma"] = np.asarray(max(drawn.blur_sigma_voxels, SMALLEST_SIGMA_VOXELS), np.float32)
-    if changes_contrast(ranges):
-        arrays[f"{name}/contrast"] = np.asarray(drawn.contrast, np.float32)
-        arrays[f"{name}/brightness"] = np.asarray(drawn.brightness * span, np.float32)
-    if ranges.boxes > 0:
-        generator = planner.generator(plan.split, plan.step, plan.slot, f"boxes {name}")
-        fill = np.zeros((*crop, 1), np.float32)
-        for start, size in zip(drawn.box_start, drawn.box_size, strict=True):
-            place = tuple(slice(first, first + side) for first, side in zip(start, size, strict=True))
-            fill[place] = low + span * generator.random((*size, 1), np.float32)
-        arrays[f"{name}/box_start"] = drawn.box_start.ravel().astype(np.float32)
-        arrays[f"{name}/box_size"] = drawn.box_size.ravel().astype(np.float32)
-        arrays[f"{name}/box_fill"] = fill
-    return arrays
+def _own_words(error: Exception) -> str:
+    """What our operator said, without DALI's account of where."""
+    _, _, said = str(error).partition("encountered:")
+    return (said or str(error)).strip().partition("\n")[0]

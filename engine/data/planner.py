@@ -1,54 +1,121 @@
-"""What every view will be: the case, the crop, the affine and the appearance of each slot, decided by arithmetic.
+"""What every view will be: the case, the boxes, the geometry and the appearance of each slot, decided by arithmetic.
 
-A number drawn here depends on (seed, split, step, slot, view) and, for one version of numpy and DALI on one kind of
-machine, on nothing else: each draw starts a Philox counter of its own at those coordinates (Salmon et al., "Parallel
-random numbers: as easy as 1, 2, 3", 2011). So the step number is the only state of the data, whatever the ranks,
-threads, prefetching or restarts.
+The planner itself is C++ (csrc/geometry/), shared with the operators that carry plans out. A number drawn there depends
+on (seed, split, step, slot, view) and on nothing else: each purpose has a Philox counter of its own (random.h). So the
+step number is the only state of the data, whatever the ranks, threads, prefetching or restarts; plans are equal bit
+for bit wherever the C library's mathematics are.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...methods.views import AffineRanges, AppearanceRanges, View, ViewSpec
+from ...methods.views import ViewSpec
 from ..errors import UserError
-from .geometry import Array, compose_affine, identity_affine
+from .geometry import Array, Box
+from .native import load_module
 from .store import Case
+from .view_checks import check_spec
 
-RESERVED_NAMES = ("displacement", "mask", "affine", "case", "origin")
-
-
-@dataclass(frozen=True)
-class AppearancePlan:
-    """Numbers of one change of intensity; amplitudes are fractions of the case's intensity range."""
-
-    noise_std: float
-    blur_sigma_voxels: float
-    contrast: float
-    brightness: float
-    box_start: NDArray[np.int64]  # (boxes, D); rows that were not drawn have size 0
-    box_size: NDArray[np.int64]  # (boxes, D)
+__all__ = ["Plan", "Planner", "Step", "ViewPlan", "check_spec", "usable_cases"]
 
 
-@dataclass(frozen=True)
+def native() -> Any:
+    """The compiled planner; compiled now where it is asked for the first time. Raises UserError as `build` does."""
+    # Without contraction no product and sum become one operation on some machines and two on others. Nobody waits for
+    # a plan of 30 microseconds; more optimisation is more seconds of compiling.
+    return load_module("voxtrast_geometry", ("geometry/*.cpp",), flags=("-O1", "-ffp-contract=off"))
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One change of intensity; `numbers` in the units of the volume, as csrc/geometry/plan.h lists them."""
+
+    kind: str
+    stream: int  # of what the step draws voxel by voxel
+    numbers: NDArray[np.float32]
+    boxes: NDArray[np.int32]  # (boxes, 6): first voxel (D, H, W) in the view, then sides
+
+
+@dataclass(frozen=True, eq=False)
 class ViewPlan:
-    affine: Array  # (D, D+1): crop index p -> p + psi(p)
-    appearance: AppearancePlan | None
+    """Geometry and steps of one view. All indices are (D, H, W); a 2-D view has depth 1."""
+
+    size: tuple[int, int, int]
+    box: Box  # of the volume, before flips, turns, the affine and the deformation
+    flips: tuple[int, int, int]
+    quarter_turns: int  # after the flips: numpy's rot90 in the plane of the last two axes
+    to_volume: Array  # (3, 4): index of the view -> index of the volume, but for the deformation
+    from_volume: Array  # (3, 4): index of the volume -> index of the view that the displacement leads to
+    partner_size: tuple[int, int, int]  # of that view
+    spacing: tuple[float, float, float]  # of the control points, voxels of the view
+    control_points: NDArray[np.float32]  # (3, *points): their displacement, voxels of the volume
+    antialias: tuple[float, float, float]  # sigma, voxels of the volume
+    steps: tuple[Step, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """Everything random about one slot of one step, but for the fields of noise (see `Planner.generator`)."""
+    """Everything random about one slot of one step, but for what steps draw voxel by voxel (see Step.stream)."""
 
     step: int
     slot: int
     split: str
     case_index: int  # into Planner.cases
-    origin: tuple[int, int, int]  # first voxel of the crop in the volume; negative where the crop is padded
+    crop: Box  # of the volume; may reach beyond it
+    position: float  # of a slice in its volume: index / (depth - 1)
+    region: Box  # every voxel that a view reads
     views: dict[str, ViewPlan]
+    native: Any = field(repr=False)
+
+    @property
+    def origin(self) -> tuple[int, ...]:
+        """First voxel of the crop in the volume; negative where the crop is padded."""
+        return self.crop.lower
+
+    def to_bytes(self) -> bytes:
+        """What is saved, and what the operators are sent."""
+        found: bytes = self.native.to_bytes()
+        return found
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "Plan":
+        """Raises: UserError for bytes that are no plan, or a damaged one."""
+        try:
+            return cls.of(native().Plan.from_bytes(content))
+        except ValueError as error:
+            raise UserError(f"{error}; plan the slot again") from None
+
+    def describe(self) -> str:
+        """The plan in words, for people."""
+        text: str = self.native.describe()
+        return text
+
+    @classmethod
+    def of(cls, plan: Any) -> "Plan":
+        views = {view.name: _view_plan(view) for view in plan.views}
+        numbers = (plan.step, plan.slot, plan.split, plan.case_index)
+        return cls(*numbers, Box(*plan.crop), plan.position, Box(*plan.region), views, plan)
+
+
+def _view_plan(view: Any) -> ViewPlan:
+    return ViewPlan(
+        view.size,
+        Box(*view.box),
+        view.flips,
+        view.quarter_turns,
+        view.to_volume,
+        view.from_volume,
+        view.partner_size,
+        view.spacing,
+        view.control_points,
+        view.antialias,
+        tuple(Step(step.kind, step.stream, step.numbers, step.boxes) for step in view.steps),
+    )
 
 
 def usable_cases(cases: Sequence[Case], crop: Sequence[int]) -> tuple[list[Case], list[tuple[Case, str]]]:
@@ -86,135 +153,100 @@ class Planner:
     t * global_batch + s of that endless sequence, so the number of ranks does not matter.
 
     Args:
-        cases: those of one split; the ones too small for the crop are left out, see `excluded`.
+        cases: those of one split; the ones that the views cannot be taken from are left out, see `excluded`.
         spec: the views.
         seed: 0 <= seed < 2^64.
         global_batch: slots a step, over all ranks and accumulated micro batches.
+        crops_per_visit: consecutive slots that take the same case; more of them read less and vary less.
+        groups: case id -> name of its data set, for `weights`.
+        weights: share of each data set in the visits, by name; positive, to be divided by their sum. Each data set
+            walks through epochs of its own. Without, the cases are one data set.
     Raises: UserError for a specification that cannot be met, or where no case is large enough.
     """
 
-    def __init__(self, cases: Sequence[Case], spec: ViewSpec, seed: int, *, global_batch: int) -> None:
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        spec: ViewSpec,
+        seed: int,
+        *,
+        global_batch: int,
+        crops_per_visit: int = 1,
+        groups: Mapping[str, str] | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
         check_spec(spec)
         if not 0 <= seed < 2**64:
             raise UserError(f"seed {seed}: expected a whole number from 0 to 2^64 - 1")
-        if global_batch < 1:
-            raise UserError(f"global batch {global_batch}: expected at least 1")
-        self.cases, self.excluded = usable_cases(cases, spec.crop)
+        for what, count in {"global batch": global_batch, "crops per visit": crops_per_visit}.items():
+            if not 1 <= count < 2**31:
+                raise UserError(f"{what} {count}: expected at least 1, and less than 2^31")
         self.spec, self.seed, self.global_batch = spec, seed, global_batch
-        self._order: tuple[tuple[str, int], NDArray[np.int64]] = (("", -1), np.empty(0, np.int64))
+        try:
+            declared = native().ViewSpec(spec)
+            self.cases, self.excluded = _plannable(cases, spec, declared)
+            numbers, shares = _mixture(self.cases, groups or {}, weights)
+            intensities = [[case.intensity[key] for key in ("low", "high", "background")] for case in self.cases]
+            shapes = [case.shape for case in self.cases]
+            self._native = native().Planner(
+                declared, shapes, intensities, numbers, shares, seed, global_batch, crops_per_visit
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def plan(self, step: int, slot: int, split: str = "train") -> Plan:
+        """Any thread may ask, in any order, and others run meanwhile."""
+        if not (0 <= step < 2**32 and 0 <= slot < 2**32):
+            raise UserError(f"step {step}, slot {slot}: expected whole numbers from 0 to 2^32 - 1")
+        return Plan.of(self._native.plan(step, slot, split))
+
+    @property
+    def visits_in_a_block(self) -> list[int]:
+        """Of each data set, in the order of their names: in every run of as many visits as their sum."""
+        visits: list[int] = self._native.visits_in_a_block
+        return visits
 
     def generator(self, split: str, step: int, slot: int, stream: str) -> np.random.Generator:
-        """A generator of its own for each (seed, split, step, slot, stream); 2^64 blocks apart from every other."""
+        """numpy's generator of each (seed, split, step, slot, stream), for noise that is drawn in Python."""
         key = np.array([self.seed, _word(split)], np.uint64)
         return np.random.Generator(
             np.random.Philox(key=key, counter=np.array([0, _word(stream), slot, step], np.uint64))
         )
 
-    def plan(self, step: int, slot: int, split: str = "train") -> Plan:
-        case_index = self._deal(step * self.global_batch + slot, split)
-        shape, crop = self.cases[case_index].shape, self.spec.crop
-        place = self.generator(split, step, slot, "origin")
-        # A 2-D crop is a crop of one voxel along the first axis.
-        sides = (1,) * (3 - len(crop)) + tuple(crop)
-        origin = tuple(_start(place, size, side) for size, side in zip(shape, sides, strict=True))
-        views = {
-            name: self._draw_view(view, self.generator(split, step, slot, f"view {name}"))
-            for name, view in self.spec.views.items()
-        }
-        return Plan(step, slot, split, case_index, (origin[0], origin[1], origin[2]), views)
 
-    def _deal(self, position: int, split: str) -> int:
-        epoch, index = divmod(position, len(self.cases))
-        key, order = self._order
-        if key != (split, epoch):
-            order = self.generator(split, epoch, 0, "order of an epoch").permutation(len(self.cases))
-            self._order = ((split, epoch), order)  # replaced as a whole: threads may plan side by side
-        return int(order[index])
-
-    def _draw_view(self, view: View, generator: np.random.Generator) -> ViewPlan:
-        crop = self.spec.crop
-        affine = identity_affine(len(crop)) if view.affine is None else _draw_affine(view.affine, crop, generator)
-        appearance = None if view.appearance is None else _draw_appearance(view.appearance, crop, generator)
-        return ViewPlan(affine, appearance)
+def _plannable(cases: Sequence[Case], spec: ViewSpec, declared: Any) -> tuple[list[Case], list[tuple[Case, str]]]:
+    """Of the cases that are large enough for the crop, those that every view's box can be drawn in."""
+    large, excluded = usable_cases(cases, spec.crop)
+    reasons = native().unusable(declared, [case.shape for case in large])
+    excluded = excluded + [(case, f"{case.id}: {why}") for case, why in zip(large, reasons, strict=True) if why]
+    usable = [case for case, why in zip(large, reasons, strict=True) if not why]
+    if not usable:
+        raise UserError(
+            f"none of {len(large)} volumes holds the boxes of the views as they are declared; the first: {reasons[0]}; "
+            "change the boxes, or take larger volumes"
+        )
+    return usable, excluded
 
 
-def check_spec(spec: ViewSpec) -> None:
-    """Raises: UserError naming the first part of the specification that cannot be met."""
-    if len(spec.crop) not in (2, 3) or any(side < 1 for side in spec.crop):
-        raise UserError(f"crop {tuple(spec.crop)}: expected three sides (D, H, W) or two (H, W), each at least 1")
-    if not spec.views:
-        raise UserError("the view specification names no view; expected at least one")
-    for name, view in spec.views.items():
-        if name in RESERVED_NAMES:
-            raise UserError(f"view {name!r}: the name is taken by the batch itself; choose none of {RESERVED_NAMES}")
-        _check_ranges(name, view)
-    fields = [name for name, view in spec.views.items() if view.displacement]
-    if len(fields) > 1:
-        raise UserError(f"views {fields} all ask for a displacement, and a batch holds one; leave it on for one view")
-
-
-def _check_ranges(name: str, view: View) -> None:
-    ranges: list[tuple[str, Sequence[float], float, float]] = []  # name, (low, high), smallest, largest
-    if (affine := view.affine) is not None:
-        if min(affine.scale) <= 0:
-            raise UserError(f"view {name!r}: affine.scale {affine.scale} must be positive")
-        ranges.append(("affine.scale", affine.scale, 0.0, np.inf))
-        ranges.append(("affine.rotation_degrees", (0.0, affine.rotation_degrees), 0.0, np.inf))
-        ranges.append(("affine.shear_degrees", (0.0, affine.shear_degrees), 0.0, 89.0))
-        ranges.append(("affine.translation_voxels", (0.0, affine.translation_voxels), 0.0, np.inf))
-    if (appearance := view.appearance) is not None:
-        ranges.append(("appearance.noise_std", appearance.noise_std, 0.0, np.inf))
-        ranges.append(("appearance.blur_sigma_voxels", appearance.blur_sigma_voxels, 0.0, np.inf))
-        ranges.append(("appearance.contrast", appearance.contrast, -np.inf, np.inf))
-        ranges.append(("appearance.brightness_std", (0.0, appearance.brightness_std), 0.0, np.inf))
-        ranges.append(("appearance.boxes", (0, appearance.boxes), 0.0, np.inf))
-        ranges.append(("appearance.box_continue", (0.0, appearance.box_continue), 0.0, 1.0))
-        ranges.append(("appearance.box_side", appearance.box_side, 0.0, 1.0))
-    for what, values, smallest, largest in ranges:
-        if len(values) != 2 or not smallest <= values[0] <= values[1] <= largest:
-            raise UserError(f"view {name!r}: {what} is {list(values)}; expected low <= high in [{smallest}, {largest}]")
-
-
-def _draw_affine(ranges: AffineRanges, crop: Sequence[int], generator: np.random.Generator) -> Array:
-    dimensions = len(crop)
-    pairs = dimensions * (dimensions - 1) // 2  # also the number of rotation angles
-
-    def symmetric(limit: float, count: int) -> Array:
-        return limit * generator.uniform(-1, 1, count)
-
-    rotation = symmetric(ranges.rotation_degrees, pairs)
-    low, high = np.log(ranges.scale)
-    return compose_affine(
-        crop,
-        rotation_degrees=rotation.tolist(),
-        scale=np.exp(generator.uniform(low, high, dimensions)).tolist(),
-        shear_degrees=symmetric(ranges.shear_degrees, pairs).tolist(),
-        translation_voxels=symmetric(ranges.translation_voxels, dimensions).tolist(),
-    )
-
-
-def _draw_appearance(ranges: AppearanceRanges, crop: Sequence[int], generator: np.random.Generator) -> AppearancePlan:
-    noise_std, blur_sigma, contrast = (
-        float(generator.uniform(low, high))
-        for low, high in (ranges.noise_std, ranges.blur_sigma_voxels, ranges.contrast)
-    )
-    brightness = float(ranges.brightness_std * generator.standard_normal())
-    # All boxes are drawn and the surplus emptied: arrays of one shape, however many boxes there are.
-    more = generator.random(ranges.boxes) < ranges.box_continue
-    drawn = np.logical_and.accumulate(more)[:, None]
-    sides = np.asarray(crop)
-    low, high = ranges.box_side
-    fraction = generator.uniform(low, high, (ranges.boxes, len(crop)))
-    size = np.rint(fraction * sides).astype(np.int64).clip(1, sides)
-    start = generator.integers(0, sides - size, endpoint=True)
-    return AppearancePlan(noise_std, blur_sigma, contrast, brightness, start * drawn, size * drawn)
-
-
-def _start(generator: np.random.Generator, size: int, side: int) -> int:
-    """First voxel of the crop on one axis: anywhere inside, or centred where the volume is the smaller one."""
-    if size < side:
-        return -((side - size) // 2)
-    return int(generator.integers(0, size - side, endpoint=True))
+def _mixture(
+    cases: Sequence[Case], groups: Mapping[str, str], weights: Mapping[str, float] | None
+) -> tuple[list[int], list[float]]:
+    """The number of each case's data set and the weights of the data sets, in the order of their names."""
+    if weights is None:
+        return [0] * len(cases), [1.0]
+    names = sorted(weights)
+    for name, weight in weights.items():
+        if not 0 < weight < float("inf"):
+            raise UserError(f"weight of data set {name!r} is {weight}; expected a positive number, or leave it out")
+    for case in cases:
+        if groups.get(case.id) not in weights:
+            raise UserError(
+                f"case {case.id}: its data set {groups.get(case.id)!r} has no weight; expected one of {names}"
+            )
+    for name in names:
+        if name not in {groups[case.id] for case in cases}:
+            raise UserError(f"data set {name!r} has a weight and no usable case; leave it out, or prepare volumes")
+    return [names.index(groups[case.id]) for case in cases], [float(weights[name]) for name in names]
 
 
 def _word(text: str) -> int:

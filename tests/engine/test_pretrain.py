@@ -189,7 +189,7 @@ def test_the_moving_average_is_what_is_exported(tiny_store: Path, tmp_path: Path
     [
         (("data=nowhere",), "nowhere"),
         (("views.crop=[128,128,128]",), "crop"),
-        (("method.max_unreachable=0.001", "views.affine.translation_voxels=60", "views.crop=[32,32,32]"), "reach"),
+        (("method.max_unreachable=0.001", "views.affine.translation_voxels=20", "views.crop=[32,32,32]"), "reach"),
         (("optimizer.name=apex_fused_adam",), "apex"),
         (("deepspeed.extra.gradient_accumulation_steps=2",), "train.accumulation"),
         (("train.global_batch=3", "train.accumulation=2"), "multiple of 2"),

@@ -12,10 +12,11 @@ import torch
 from voxtrast.engine.data.pipeline import ViewPipeline
 from voxtrast.engine.data.planner import Plan
 from voxtrast.engine.data.store import Case, Store, write_array, write_index, write_settings
-from voxtrast.methods.views import AffineRanges, AppearanceRanges, View, ViewSpec
+from voxtrast.methods.cover import cover_appearance
+from voxtrast.methods.views import AffineRanges, View, ViewSpec
 
 EPSILON = 2.0**-24  # relative rounding of float32
-COVER = {"moving": View(appearance=AppearanceRanges()), "fixed": View(affine=AffineRanges(), displacement=True)}
+COVER = {"moving": View(appearance=cover_appearance()), "fixed": View(affine=AffineRanges(), displacement=True)}
 WIDE = AffineRanges(rotation_degrees=40, scale=[0.6, 1.6], shear_degrees=15, translation_voxels=8)
 
 

@@ -1,0 +1,12 @@
+// Separable Gaussians.
+#pragma once
+
+#include "workspace.h"
+
+namespace voxtrast {
+
+// Smooths a volume in place along the axes whose sigma (voxels) is positive. Takes buffers.volume and buffers.row.
+// Throws std::invalid_argument for a sigma that is negative, not finite or wider than the volume can mean.
+void smooth(float* volume, const Index3& size, const std::array<float, 3>& sigma, ViewWorkspace::Buffers& buffers);
+
+}  // namespace voxtrast
