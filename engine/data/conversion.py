@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from . import dicom, normalise, store
+from . import dicom, normalise, resampling, store
 from .headers import check_regular, detached_files
 from .reading import Volume, read_label, read_volume
 from .rejection import RejectedError
@@ -77,15 +77,15 @@ def _convert(job: dict[str, Any]) -> dict[str, Any]:
     settings = job["settings"]
     volume = read_volume([Path(file) for file in job["files"]], job["dicom"])
     spacing = volume.spacing_mm
-    grid = normalise.isotropic_grid(volume.values.shape, spacing, settings["spacing_mm"])
-    normalise.check_grid(grid, settings["minimum_size_voxels"], spacing, settings["spacing_mm"])
+    grid = resampling.isotropic_grid(volume.values.shape, spacing, settings["spacing_mm"])
+    resampling.check_grid(grid, settings["minimum_size_voxels"], spacing, settings["spacing_mm"])
     normalise.check_values(volume.values)
     label = None
     if job["label"] is not None:
         with _OfLabel():
-            label = normalise.resample_label(read_label(Path(job["label"]), volume), grid)
+            label = resampling.resample_label(read_label(Path(job["label"]), volume), grid)
     modality = _modality(volume, settings["modality"])
-    values = normalise.resample_image(normalise.normalise(volume.values, modality), grid)
+    values = resampling.resample_image(normalise.normalise(volume.values, modality), grid)
     stored = values.astype(settings["dtype"])
     affine = grid.affine(volume.affine)
     target, name = Path(job["store"]), f"{job['id']}.npy"
