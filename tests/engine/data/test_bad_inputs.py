@@ -369,6 +369,12 @@ def test_nothing_to_prepare_is_an_error(tmp_path: Path, run: Callable) -> None:
         ({"dtype": "float64"}, "dtype is 'float64', expected float16 or float32"),
         ({"workers": 0}, "workers is 0"),
         ({"minimum_size_voxels": 0}, "minimum_size_voxels is 0"),
+        ({"order": 2}, "order is 2, expected 0, 1 or 3"),
+        ({"device": "tpu"}, "device is 'tpu', expected one of cpu, cuda"),
+        ({"timeout_s": 0.0}, "timeout_s is 0.0, a positive number"),
+        ({"memory_limit_gb": -1.0}, "memory_limit_gb is -1.0, a positive number"),
+        ({"shard": "0/4"}, "shard is '0/4', expected i/n with i from 1 to n: for example 1/8"),
+        ({"shard": "two"}, "shard is 'two', expected i/n"),
     ],
 )
 def test_wrong_setting_is_named(settings: dict, words: str, tmp_path: Path, run: Callable) -> None:
