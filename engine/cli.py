@@ -24,9 +24,7 @@ app = typer.Typer(
 
 @app.command()
 def prepare(
-    paths: Annotated[
-        list[Path], typer.Argument(metavar="[RAW] STORE", help="Image files or DICOM folders; the store.")
-    ],
+    paths: Annotated[list[Path], typer.Argument(metavar="[RAW] STORE", help="Raw volumes, NIfTI to DICOM; store.")],
     spacing_mm: Annotated[float, typer.Option(help="Voxel size after resampling, all axes.")] = 1.5,
     modality: Annotated[str, typer.Option(help="ct, mr or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
@@ -161,7 +159,7 @@ def bench(
     context: typer.Context,
     what: Annotated[
         str,
-        typer.Argument(help="kernels: the fused operators; train: a recipe's step, by its parts; prepare: resampling."),
+        typer.Argument(help="kernels: the fused operators; train: a step by its parts; prepare: resampling."),
     ] = "kernels",
 ) -> None:
     """Measure speed and memory beside what one would otherwise pick: `bench kernels --help` says what can be chosen."""

@@ -32,7 +32,7 @@ SHARDS, PART = "shards", "part.jsonl"
 
 @dataclass(frozen=True)
 class Shard:
-    """Number `number` of `count`, from 1. The hash of a source's name decides where it belongs: whatever else is there."""
+    """Number `number` of `count`, from 1. The hash of a source's name says where it belongs, whatever else there is."""
 
     number: int
     count: int

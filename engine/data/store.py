@@ -213,7 +213,8 @@ def read_settings(store: Path) -> dict[str, Any] | None:
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:
         found = settings.get("format") if isinstance(settings, dict) else settings
         raise UserError(f"{file} has format {found!r}, this version reads {FORMAT}: prepare into a new folder")
-    return {"order": 3, **settings}  # stores from before there was a choice
+    settings.setdefault("order", 3)  # there was no choice at first
+    return settings
 
 
 # Writing: a file appears under its name complete and on the disk, or not at all.
