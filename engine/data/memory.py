@@ -9,7 +9,7 @@ import SimpleITK as sitk
 from .rejection import RejectedError
 from .resampling import isotropic_grid
 
-BASE_BYTES = 250e6  # of a worker that has read nothing: Python, numpy, scipy, SimpleITK
+BASE_BYTES = 200e6  # of a worker that has read nothing: Python, numpy, scipy, SimpleITK
 BYTES_OF_PIXEL = {"8-bit": 1, "16-bit": 2, "32-bit": 4, "64-bit": 8}
 
 
@@ -27,10 +27,11 @@ def check_memory(job: dict[str, Any], limit_gb: float) -> None:
 
 
 def estimated_bytes(files: list[Path], spacing_mm: float) -> float:
-    """Peak of a worker, from above: what is held at once while a volume is read, and while it is resampled.
+    """Peak of a worker, from above: of what is held at once while a volume is read, resampled and stored.
 
     Reading: the file, its content and ITK's two copies (as read, and turned). Resampling: the turned array, float32
     of the normalised volume, its clipped foreground and mask, and the volume between two axes and behind the last.
+    Storing: what is stored, in float32 twice over.
     Raises RuntimeError where the reader cannot make sense of the header.
     """
     reader = sitk.ImageFileReader()
@@ -48,4 +49,5 @@ def estimated_bytes(files: list[Path], spacing_mm: float) -> float:
     after = float(np.prod(grid.shape))
     reading = sum(file.stat().st_size for file in files) + 3 * pixel * voxels
     resampling = (pixel + 13) * voxels + 8 * max(voxels, after)
-    return BASE_BYTES + max(reading, resampling)
+    storing = (pixel + 4) * voxels + 12 * after
+    return BASE_BYTES + max(reading, resampling, storing)

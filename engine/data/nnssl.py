@@ -62,7 +62,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _images(node: Any, place: str = "", levels: tuple[str, ...] = LEVELS) -> Iterator[tuple[str, Any]]:
-    """(dataset/subject/session/name, image) of every entry; what has not the form of its level comes as it is."""
+    """(dataset/subject/session/name, image) of every entry; in place of what has not the form of its level, why."""
     children = node.get(levels[0]) if isinstance(node, dict) else None
     if levels[0] != "images" and isinstance(children, dict):
         for name, child in children.items():
@@ -72,12 +72,12 @@ def _images(node: Any, place: str = "", levels: tuple[str, ...] = LEVELS) -> Ite
             name = (image.get("name") or Path(str(image.get("image_path"))).name) if isinstance(image, dict) else None
             yield f"{place}/{name or f'image {number}'}", image
     else:
-        yield place, f"the entry has no {levels[0]}"
+        yield place, RejectedError(f"the entry has no {levels[0]}", "correct the list")
 
 
 def _path(folder: Path, image: Any) -> Path:
-    if isinstance(image, str):
-        raise RejectedError(image, "correct the list")
+    if isinstance(image, RejectedError):
+        raise image
     text = image.get("image_path") if isinstance(image, dict) else None
     if not isinstance(text, str) or not text:
         raise RejectedError("the entry has no image_path", "correct the list")

@@ -1,5 +1,8 @@
 """Intensity: what turns values as a scanner wrote them into values that a network takes."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 
 from .headers import check_finite
@@ -7,6 +10,7 @@ from .rejection import RejectedError
 
 CT_WINDOW_HU = (-1000.0, 1000.0)
 MR_PERCENTILES = (0.5, 99.5)
+PIECE = 2**17
 FEWEST_VALUES = 17  # of an image of whole numbers; with less it is taken for a label map
 
 
@@ -74,45 +78,78 @@ def normalise(values: np.ndarray, modality: str) -> np.ndarray:
     minimum = values.min()
     background = values == minimum
     foreground = values[~background] if np.count_nonzero(background) >= 0.01 * values.size else values
-    low, high = percentiles(foreground, MR_PERCENTILES)
+    distribution = Distribution.of(foreground)
+    low, high = distribution.percentiles(MR_PERCENTILES)
     if not low < high:
         reason = f"nearly constant: 99 % of the voxels above the background are {low:g}"
         raise RejectedError(reason, "remove the file; there is nothing to learn from it (is it a mask?)")
-    exact = np.float64 if values.dtype.itemsize > 4 else np.float32
-    clipped = np.clip(foreground.astype(exact, copy=False), low, high)
-    mean, deviation = float(clipped.mean(dtype=np.float64)), float(clipped.std(dtype=np.float64))
-    result = np.clip(values.astype(exact, copy=False), low, high)
+    mean, deviation = distribution.moments(low, high)
+    result = np.clip(values.astype(np.float64 if values.dtype.itemsize > 4 else np.float32, copy=False), low, high)
     result -= mean
     result /= deviation
     return result.astype(np.float32, copy=False)
 
 
-def percentiles(values: np.ndarray, wanted: tuple[float, float]) -> tuple[float, float]:
-    """As np.percentile, in float64. Values of 16 bits, as scanners and stores have them, are counted, not sorted."""
-    if values.dtype.itemsize != 2:
-        low, high = np.percentile(values, wanted)
-        return float(low), float(high)
-    counts = np.bincount(np.ascontiguousarray(values).reshape(-1).view(np.uint16), minlength=2**16)
-    present = np.flatnonzero(counts)
-    numbers = present.astype(np.uint16).view(values.dtype).astype(np.float64)
-    order = np.argsort(numbers, kind="stable")
-    numbers, last = numbers[order], np.cumsum(counts[present][order]) - 1  # the rank of the last of equal values
-    result = []
-    for each in wanted:
-        place = each / 100 * (values.size - 1)
-        below, above = (numbers[np.searchsorted(last, rank)] for rank in (np.floor(place), np.ceil(place)))
-        result.append(float(below + (above - below) * (place - np.floor(place))) + 0.0)  # no negative zero
-    return result[0], result[1]
-
-
 def describe(stored: np.ndarray) -> dict[str, float]:
     """Intensity statistics of a stored volume, as the index keeps them."""
-    values = stored.astype(np.float32)
-    low, high = percentiles(stored, MR_PERCENTILES)
-    return {
-        "background": float(values.min()),
-        "low": low,
-        "high": high,
-        "mean": float(values.mean(dtype=np.float64)),
-        "std": float(values.std(dtype=np.float64)),
-    }
+    distribution = Distribution.of(stored)
+    low, high = distribution.percentiles(MR_PERCENTILES)
+    mean, deviation = distribution.moments(-np.inf, np.inf)
+    return {"background": distribution.minimum(), "low": low, "high": high, "mean": mean, "std": deviation}
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Values and how often each of them is there. Those of 16 bits, as scanners and stores have them, are counted once
+    and not sorted or added up one by one; all others (`counts` is None) are kept as they are."""
+
+    numbers: np.ndarray
+    counts: np.ndarray | None
+
+    @staticmethod
+    def of(values: np.ndarray) -> "Distribution":
+        flat = np.ascontiguousarray(values).reshape(-1)
+        if flat.dtype.itemsize != 2:
+            return Distribution(flat, None)
+        counts = np.zeros(2**16, np.int64)
+        for piece in _pieces(flat.view(np.uint16)):  # bincount makes eight bytes of each
+            counts += np.bincount(piece, minlength=2**16)
+        present = np.flatnonzero(counts)
+        numbers = present.astype(np.uint16).view(flat.dtype).astype(np.float64)
+        order = np.argsort(numbers, kind="stable")
+        return Distribution(numbers[order], counts[present][order])
+
+    def minimum(self) -> float:
+        return float(self.numbers.min()) + 0.0  # no negative zero
+
+    def percentiles(self, wanted: tuple[float, float]) -> tuple[float, float]:
+        """As np.percentile, in float64."""
+        if self.counts is None:
+            low, high = np.percentile(self.numbers, wanted)
+            return float(low), float(high)
+        last = np.cumsum(self.counts) - 1  # the rank of the last of equal values
+        result = []
+        for each in wanted:
+            place = each / 100 * last[-1]
+            ranks = np.searchsorted(last, (np.floor(place), np.ceil(place)))
+            below, above = self.numbers[ranks]
+            result.append(float(below + (above - below) * (place - np.floor(place))) + 0.0)
+        return result[0], result[1]
+
+    def moments(self, low: float, high: float) -> tuple[float, float]:
+        """Mean and standard deviation of the values clipped to [low, high], in float64."""
+        if self.counts is not None:
+            clipped = np.clip(self.numbers, low, high)
+            mean = float(np.average(clipped, weights=self.counts))
+            return mean, float(np.sqrt(np.average((clipped - mean) ** 2, weights=self.counts)))
+        total = sum(float(np.clip(piece, low, high).sum(dtype=np.float64)) for piece in _pieces(self.numbers))
+        mean = total / self.numbers.size
+        squares = sum(
+            float(np.square(np.clip(piece, low, high) - np.float64(mean)).sum()) for piece in _pieces(self.numbers)
+        )
+        return mean, float(np.sqrt(squares / self.numbers.size))
+
+
+def _pieces(flat: np.ndarray) -> Iterator[np.ndarray]:
+    """The array in parts that a cache holds."""
+    return (flat[start : start + PIECE] for start in range(0, flat.size, PIECE))

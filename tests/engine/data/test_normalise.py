@@ -76,10 +76,13 @@ def test_modality_rule_on_real_volumes(real_volumes: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("dtype", ["int16", "uint16", "float16", "float32"])
-def test_percentiles_are_those_of_numpy(dtype: str) -> None:
+@pytest.mark.parametrize("dtype", ["int16", "uint16", "float16", "float32", "float64", "uint8"])
+def test_statistics_are_those_of_numpy(dtype: str) -> None:
     draw = np.random.default_rng(0)
-    for size in (1, 2, 999, 20_000):
-        values = (draw.normal(size=size) * 300 + (2000 if dtype == "uint16" else 0)).astype(dtype)
-        expected = np.percentile(values.astype(np.float64), (0.5, 99.5))
-        np.testing.assert_allclose(normalise.percentiles(values, (0.5, 99.5)), expected, rtol=1e-6, atol=1e-6)
+    for size in (1, 2, 999, 300_000):
+        values = (draw.normal(size=size) * 30 + (200 if dtype.startswith("u") else 0)).astype(dtype)
+        exact = values.astype(np.float64)
+        found = normalise.Distribution.of(values)
+        np.testing.assert_allclose(found.percentiles((0.5, 99.5)), np.percentile(exact, (0.5, 99.5)), 1e-6, 1e-6)
+        clipped = np.clip(exact, -20, 210)
+        np.testing.assert_allclose(found.moments(-20.0, 210.0), (clipped.mean(), clipped.std()), 1e-6, 1e-6)
