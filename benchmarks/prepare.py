@@ -255,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     about["versions"] |= _versions("nnunetv2", "numpy", "scipy", "SimpleITK")
     print(about["device"], f"{PROCESSES} processes of one thread, to {chosen.spacing_mm:g} mm")
     with tempfile.TemporaryDirectory() as scratch:
-        sets = {}
+        sets: dict[str, list[Path]] = {}
         for name, (shape, spacing) in (QUICK if chosen.quick else MADE).items():
             files = [make_volume(Path(scratch) / f"{len(sets)}_{seed}.nii.gz", shape, spacing, seed) for seed in (0, 1)]
             sets[name] = files

@@ -19,7 +19,7 @@ MOST_VOXELS = 2**30
 FWHM_PER_SIGMA = 2.3548  # of a Gaussian: 2 sqrt(2 ln 2)
 SAME_WEIGHT = 1e-4  # two classes whose linear weights differ by less tie: headers round spacings to float32
 LEAST_WEIGHT = 2.0**-27  # an eighth of float32's rounding: a spline's influence fades to it within 14 old voxels
-BLOCK = 64  # rows of a banded matrix that are multiplied together; what lies outside their columns is skipped
+BLOCK = 32  # rows of a banded matrix that are multiplied together; what lies outside their columns is skipped
 
 
 @dataclass(frozen=True)
