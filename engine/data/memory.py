@@ -43,7 +43,7 @@ def estimated_bytes(files: list[Path], spacing_mm: float) -> float:
     voxels = float(np.prod(size))
     kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
     pixel = next((count for name, count in BYTES_OF_PIXEL.items() if name in kind), 8)
-    if not all(each > 0 for each in spacing):
+    if not all(0 < each < np.inf for each in spacing):
         return 0.0  # is refused for that
     grid = isotropic_grid(tuple(size), np.array(spacing), spacing_mm)
     after = float(np.prod(grid.shape))

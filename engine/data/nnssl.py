@@ -1,7 +1,7 @@
 """nnssl's list of images, pretrain_data.json: collection, datasets, subjects, sessions, images.
 
-The format is that of nnssl's documentation (documentation/dataset_format.md): five levels of JSON objects, of which
-image_path, modality and the ids are read here. Paths may be absolute, relative to the list, or begin with $NAME, an
+The format is that of nnssl's documentation ("nnssl dataset format"): five levels of JSON objects, of which image_path,
+modality and the ids are read here. Paths may be absolute, relative to the list, or begin with $NAME, an
 environment variable. Masks and free-form information are passed over.
 """
 

@@ -109,7 +109,7 @@ def prepare(
             raise UserError(f"{name} is {limit}, a positive number was expected: leave it out for the default")
     if scheduler is None:
         array_module(device)  # a cluster's workers are asked themselves
-    raw, store = Path(raw), Path(store)
+    raw, store = Path(raw).absolute(), Path(store)  # the workers of a cluster stand in other folders
     slice_ = Shard.parse(shard) if shard is not None else None
     target = store if slice_ is None else shard_store(store, slice_)
 

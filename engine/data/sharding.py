@@ -62,7 +62,10 @@ def shard_store(store: Path, shard: Shard) -> Path:
     try:
         (folder / PART).unlink(missing_ok=True)
     except OSError as error:
-        raise StoreWriteError.of(error, folder / PART) from error
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"cannot write to the store {store}: {reason}: make the folder writable or give another"
+        ) from None
     return folder
 
 

@@ -100,7 +100,12 @@ def test_without_distributed_the_extra_is_named(
 
 @pytest.mark.slow
 def test_a_dask_worker_killed_in_the_middle_costs_nothing(
-    tmp_path: Path, write: Callable, run: Callable, contents: Callable, values: Callable
+    tmp_path: Path,
+    write: Callable,
+    run: Callable,
+    contents: Callable,
+    values: Callable,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for number in range(12):
         write(tmp_path / f"raw/{number:02d}.nii.gz", values(number, (90, 90, 90)), (0.9, 0.9, 0.9))
@@ -117,7 +122,8 @@ def test_a_dask_worker_killed_in_the_middle_costs_nothing(
 
         thread = threading.Thread(target=kill)
         thread.start()
-        summary = run(tmp_path / "raw", store, scheduler=running.scheduler_address)
+        monkeypatch.chdir(tmp_path)  # the workers stay where they are
+        summary = run("raw", "store", scheduler=running.scheduler_address)
         thread.join()
     assert len(killed) == 1
     assert (summary.prepared, summary.exit_code) == (12, 0)
