@@ -320,8 +320,9 @@ def test_target_below_a_file_is_an_error(tmp_path: Path, write: Callable, run: C
     write(tmp_path / "raw/a.nii.gz", 1)
     (tmp_path / "file").touch()
     for store in (tmp_path / "file", tmp_path / "file/store"):
-        with pytest.raises(UserError, match="cannot write to the store"):
-            run(tmp_path / "raw", store)
+        for shard in (None, "1/2"):
+            with pytest.raises(UserError, match="cannot write to the store"):
+                run(tmp_path / "raw", store, shard=shard)
 
 
 def _obey_permission_bits() -> None:
