@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from voxtrast.engine.data import sharding
-from voxtrast.engine.data.prepare import check, merge, prepare
+from voxtrast.engine.data.prepare import PrepareSummary, check, merge, prepare
 from voxtrast.engine.data.sharding import Shard
 from voxtrast.engine.data.store import Store
 from voxtrast.engine.errors import UserError
@@ -41,18 +41,45 @@ def raw(tmp_path_factory: pytest.TempPathFactory, write: Callable, write_dicom: 
     return raw
 
 
-@pytest.mark.parametrize("count", [1, 3, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module")
+def whole(raw: Path, tmp_path_factory: pytest.TempPathFactory, run: Callable) -> tuple[Path, PrepareSummary]:
+    """The store of a run without shards, and its summary."""
+    store = tmp_path_factory.mktemp("whole") / "store"
+    return store, run(raw, store)
+
+
+@pytest.fixture(scope="module")
+def two_shards(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("parted") / "store"
+    run_shards(raw, store, 2)
+    return store
+
+
+@pytest.fixture
+def parted(two_shards: Path, tmp_path: Path) -> Path:
+    """A store of two shards that have ended, to be merged or spoilt."""
+    return shutil.copytree(two_shards, tmp_path / "store")
+
+
 def test_merged_shards_are_the_bytes_of_one_run(
-    count: int, raw: Path, tmp_path: Path, run: Callable, contents: Callable
+    whole: tuple[Path, PrepareSummary], parted: Path, contents: Callable
 ) -> None:
-    whole = run(raw, tmp_path / "whole")
-    run_shards(raw, tmp_path / "parted", count)
-    merged = merge(tmp_path / "parted", progress=False)
-    assert contents(tmp_path / "parted") == contents(tmp_path / "whole")
-    assert not (tmp_path / "parted/shards").exists()
-    assert whole.duplicates == 6
+    merged = merge(parted, progress=False)
+    assert contents(parted) == contents(whole[0])
+    assert not (parted / "shards").exists()
+    assert merged.duplicates == 6
     for name in ("prepared", "rejected", "duplicates", "other_files", "bytes", "modalities"):
-        assert getattr(merged, name) == getattr(whole, name), name
+        assert getattr(merged, name) == getattr(whole[1], name), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_the_number_of_shards_does_not_matter(
+    count: int, raw: Path, whole: tuple[Path, PrepareSummary], tmp_path: Path, contents: Callable
+) -> None:
+    run_shards(raw, tmp_path / "store", count)
+    merge(tmp_path / "store", progress=False)
+    assert contents(tmp_path / "store") == contents(whole[0])
 
 
 def test_each_source_belongs_to_one_shard() -> None:
@@ -85,16 +112,14 @@ def test_a_store_is_brought_up_to_date_in_shards(
 
 
 def test_a_merge_that_is_killed_half_way_is_done_by_the_next(
-    raw: Path, tmp_path: Path, run: Callable, contents: Callable, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[Path, PrepareSummary], parted: Path, contents: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(raw, tmp_path / "whole")
-    run_shards(raw, tmp_path / "store", 2)
+    move = sharding.RecordedPool._move
     for moves in range(0, 7, 2):
-        store = shutil.copytree(tmp_path / "store", tmp_path / f"store{moves}")
+        store = shutil.copytree(parted, parted.with_name(f"store{moves}"))
         left = [moves]
-        move = sharding.RecordedPool._move
 
-        def die(self: object, *what: object, left: list[int] = left, move: Callable = move) -> None:
+        def die(self: object, *what: object, left: list[int] = left) -> None:
             move(self, *what)  # the file is moved, and the journal does not know
             if left[0] == 0:
                 raise KeyboardInterrupt
@@ -105,45 +130,58 @@ def test_a_merge_that_is_killed_half_way_is_done_by_the_next(
             merge(store, progress=False)
         monkeypatch.undo()
         merge(store, progress=False)
-        assert contents(store) == contents(tmp_path / "whole")
+        assert contents(store) == contents(whole[0])
         assert check(store, progress=False) == []
 
 
-def test_a_merge_waits_for_every_shard(raw: Path, tmp_path: Path) -> None:
+def test_a_merge_waits_for_every_shard(parted: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no shards"):
-        merge(tmp_path / "store", progress=False)
-    run_shards(raw, tmp_path / "store", 3, numbers=(2,))
-    with pytest.raises(UserError, match=r"2 of 3 shards have not ended \(1/3, 3/3\): run them"):
-        merge(tmp_path / "store", progress=False)
+        merge(tmp_path / "nothing", progress=False)
+    (parted / "shards/2-of-2/part.jsonl").unlink()
+    with pytest.raises(UserError, match=r"1 of 2 shards have not ended \(2/2\): run them"):
+        merge(parted, progress=False)
 
 
-def test_shards_of_different_minds_are_not_merged(raw: Path, tmp_path: Path, write: Callable) -> None:
-    own = shutil.copytree(raw, tmp_path / "raw")
-    store = tmp_path / "store"
-    run_shards(own, store, 2, numbers=(1,))
-    with pytest.raises(UserError, match=r"holds 1-of-2, not a shard of 3: merge them first .* or delete"):
-        run_shards(own, store, 3, numbers=(1,))
-    with pytest.raises(UserError, match="holds shards that are not merged"):
-        prepare(own, store, progress=False)
-    run_shards(own, store, 2, numbers=(2,), spacing_mm=1.4)
+def test_shards_of_different_minds_are_not_merged(raw: Path, parted: Path) -> None:
+    settings, part = parted / "shards/2-of-2/store.json", parted / "shards/2-of-2/part.jsonl"
+    right = settings.read_text(), part.read_text()
+    settings.write_text(right[0].replace("1.5", "1.4"))
     with pytest.raises(UserError, match="shards 1 and 2 differ in spacing_mm"):
-        merge(store, progress=False)
-    shutil.rmtree(store / "shards/2-of-2")
-    write(own / "late.nii.gz", 33)
-    run_shards(own, store, 2, numbers=(2,))
+        merge(parted, progress=False)
+    settings.write_text(right[0])
+    header, _, lines = right[1].partition("\n")
+    other = json.dumps({**json.loads(header), "found": 19, "listing_sha256": "0" * 64})
+    part.write_text(f"{other}\n{lines}")
     with pytest.raises(UserError, match="shard 1 saw 18 volumes, shard 2 saw 19, or others: RAW changed meanwhile"):
-        merge(store, progress=False)
-    run_shards(own, store, 2)
-    merge(store, progress=False)
+        merge(parted, progress=False)
+    part.write_text("half a li")
+    with pytest.raises(UserError, match=r"part.jsonl cannot be read .*: run that shard again"):
+        merge(parted, progress=False)
+    part.write_text(right[1])
+    with pytest.raises(UserError, match=r"holds 1-of-2, not a shard of 3: merge them first .* or delete"):
+        run_shards(raw, parted, 3, numbers=(1,))
+    with pytest.raises(UserError, match="holds shards that are not merged"):
+        prepare(raw, parted, progress=False)
+    with pytest.raises(UserError, match="is not a store"):
+        check(parted, progress=False)
+    merge(parted, progress=False)
     with pytest.raises(UserError, match=r"was prepared with spacing_mm 1.5 \(now 1.4\)"):
-        run_shards(own, store, 2, spacing_mm=1.4)
+        run_shards(raw, parted, 2, spacing_mm=1.4)
 
 
-def test_a_volume_lost_from_a_shard_is_noticed(raw: Path, tmp_path: Path) -> None:
-    run_shards(raw, tmp_path / "store", 1)
-    (tmp_path / "store/shards/1-of-1/volumes/4.npy").unlink()
+def test_a_shard_takes_note_of_other_files_than_its_own(
+    raw: Path, parted: Path, tmp_path: Path, write: Callable
+) -> None:
+    """What all shards must agree on is all that there is, not what falls to them."""
+    own = shutil.copytree(raw, tmp_path / "raw")
+    write(own / "late.nii.gz", 33)
+    owner = next(number for number in (1, 2) if sharding.Shard(number, 2).has("late.nii.gz"))
+    run_shards(own, parted, 2, numbers=(3 - owner,))
+    with pytest.raises(UserError, match="RAW changed meanwhile"):
+        merge(parted, progress=False)
+
+
+def test_a_volume_lost_from_a_shard_is_noticed(parted: Path) -> None:
+    next(parted.glob("shards/*/volumes/4.npy")).unlink()
     with pytest.raises(UserError, match=r"volumes/4.npy is missing"):
-        merge(tmp_path / "store", progress=False)
-    run_shards(raw, tmp_path / "store", 1)
-    summary = merge(tmp_path / "store", progress=False)
-    assert summary.prepared + summary.unchanged == 7
+        merge(parted, progress=False)
