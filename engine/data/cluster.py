@@ -78,12 +78,16 @@ class ClusterPool(Pool):
     def batch(self, jobs: list[tuple[int, Job]]) -> Iterator[tuple[int, Job]]:
         ended: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         pending = {}
+
+        def watch(position: int) -> None:
+            pending[position].add_done_callback(lambda task: ended.put((position, task)))
+
         for position, job in jobs:
             job = {**job, "store": str(self._store)} if "store" in job else job
             key = f"voxtrast-{job['task']}-{secrets.token_hex(8)}"
-            task = self._client.submit(perform_there, job, self._timeout_s, self._needs(), key=key, pure=False)
-            pending[position] = task
-            task.add_done_callback(lambda task, position=position: ended.put((position, task)))
+            call = perform_there, job, self._timeout_s, self._needs()
+            pending[position] = self._client.submit(*call, key=key, pure=False)
+            watch(position)
         alone_s = 0.0
         while pending:
             try:
@@ -93,6 +97,12 @@ class ClusterPool(Pool):
                 if alone_s >= ALONE_S:
                     message = f"the Dask cluster at {self._address} has lost all its workers"
                     raise UserError(f"{message}: start some, then run the same command again, it goes on") from None
+                continue
+            if task.status in (
+                "lost",
+                "pending",
+            ):  # its worker was lost with the reply: the scheduler has it done again
+                watch(position)
                 continue
             reply = self._reply(task)
             del pending[position]

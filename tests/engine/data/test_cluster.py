@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,6 +97,27 @@ def test_without_distributed_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UserError, match=r"distributed is not installed: install voxtrast\[dask\]"):
         run(tmp_path / "raw", tmp_path / "store", scheduler="tcp://127.0.0.1:9")
+
+
+class Task:
+    """As Dask's future of a job whose worker is lost with the reply: it was done, is lost, and is done again."""
+
+    def __init__(self) -> None:
+        self.states = iter(("lost", "finished"))
+
+    def add_done_callback(self, call: Callable) -> None:
+        self.status = next(self.states)
+        call(self)
+
+    def result(self) -> dict:
+        assert self.status == "finished"
+        return {"done": 1}
+
+
+def test_a_reply_lost_with_its_worker_is_waited_for_again(tmp_path: Path) -> None:
+    pool = cluster.ClusterPool("tcp://nowhere:1", tmp_path, tmp_path, "cpu", None)
+    pool._client = SimpleNamespace(submit=lambda *call, **options: Task())
+    assert list(pool.map([{"task": "digest"}, {"task": "digest"}])) == [(0, {"done": 1}), (1, {"done": 1})]
 
 
 @pytest.mark.slow
