@@ -77,7 +77,7 @@ class ClusterPool(Pool):
 
     def batch(self, jobs: list[tuple[int, Job]]) -> Iterator[tuple[int, Job]]:
         ended: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        pending = {}
+        pending: dict[int, Any] = {}
 
         def watch(position: int) -> None:
             pending[position].add_done_callback(lambda task: ended.put((position, task)))
