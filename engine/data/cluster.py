@@ -98,10 +98,7 @@ class ClusterPool(Pool):
                     message = f"the Dask cluster at {self._address} has lost all its workers"
                     raise UserError(f"{message}: start some, then run the same command again, it goes on") from None
                 continue
-            if task.status in (
-                "lost",
-                "pending",
-            ):  # its worker was lost with the reply: the scheduler has it done again
+            if task.status in ("lost", "pending"):  # with its worker and the reply: it will be done again
                 watch(position)
                 continue
             reply = self._reply(task)
