@@ -24,26 +24,46 @@ app = typer.Typer(
 
 @app.command()
 def prepare(
-    raw: Annotated[Path, typer.Argument(help="Folder of NIfTI, NRRD, MHA files and DICOM series.")],
-    store: Annotated[Path, typer.Argument(help="Where the prepared volumes go.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="[RAW] STORE", help="Raw volumes, NIfTI to DICOM; store.")],
     spacing_mm: Annotated[float, typer.Option(help="Voxel size after resampling, all axes.")] = 1.5,
     modality: Annotated[str, typer.Option(help="ct, mr or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    order: Annotated[int, typer.Option(help="Splines of resampling: 3, 1, or 0 for the nearest voxel.")] = 3,
     workers: Annotated[int | None, typer.Option(help="Processes; default one per core.")] = None,
     minimum_size_voxels: Annotated[int, typer.Option(help="Smaller volumes are rejected.")] = 16,
+    from_nnssl: Annotated[Path | None, typer.Option(help="nnssl's pretrain_data.json, in place of RAW.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda, for resampling.")] = "cpu",
+    timeout_s: Annotated[float, typer.Option(help="A volume that takes longer is given up.")] = 3600.0,
+    memory_limit_gb: Annotated[float | None, typer.Option(help="Of a worker; larger volumes are rejected.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler, to work on its cluster.")] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: slice i of n, as one of a job array.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Put the shards of STORE together.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Verify every checksum of STORE.")] = False,
 ) -> None:
     """Turn raw volumes into a store: reoriented, resampled, normalised. Resumable; a second run does nothing."""
-    from .data.prepare import prepare as run
+    from .data import prepare as front
 
-    summary = run(
-        raw,
-        store,
-        spacing_mm=spacing_mm,
-        modality=modality,
-        dtype=dtype,
-        workers=workers,
-        minimum_size_voxels=minimum_size_voxels,
-    )
+    alone = [name for name, given in (("--merge", merge), ("--check", check)) if given]
+    if len(alone) > 1 or (alone and from_nnssl):
+        raise UserError(f"{alone[0]} goes with STORE alone: leave the other option out")
+    wanted = "STORE" if alone else "STORE, the list being RAW" if from_nnssl else "RAW STORE"
+    if len(paths) != (1 if alone or from_nnssl else 2):
+        given = " ".join(str(path) for path in paths)
+        raise UserError(f"prepare {given}: expected {wanted}; `voxtrast prepare --help` shows the options")
+    if check:
+        problems = front.check(paths[-1], workers=workers)
+        print("\n".join(problems) if problems else f"{paths[-1]}: every file is as the index says")
+        raise typer.Exit(1 if problems else 0)
+    if from_nnssl is not None and from_nnssl.suffix.lower() != ".json":
+        raise UserError(f"--from-nnssl {from_nnssl}: expected a .json file: give nnssl's pretrain_data.json")
+    if merge:
+        summary = front.merge(paths[-1])
+    else:
+        summary = front.prepare(
+            from_nnssl or paths[0], paths[-1], spacing_mm=spacing_mm, modality=modality, dtype=dtype, order=order,
+            workers=workers, minimum_size_voxels=minimum_size_voxels, device=device, timeout_s=timeout_s,
+            memory_limit_gb=memory_limit_gb, scheduler=scheduler, shard=shard,
+        )  # fmt: skip
     print(summary)
     raise typer.Exit(summary.exit_code)
 
@@ -138,12 +158,13 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show all settings o
 def bench(
     context: typer.Context,
     what: Annotated[
-        str, typer.Argument(help="kernels: the fused operators; train: the step of a recipe, by its parts.")
+        str,
+        typer.Argument(help="kernels: the fused operators; train: a step by its parts; prepare: resampling."),
     ] = "kernels",
 ) -> None:
     """Measure speed and memory beside what one would otherwise pick: `bench kernels --help` says what can be chosen."""
-    if what not in ("kernels", "train"):
-        raise UserError(f"bench {what}: unknown; this version measures kernels and train")
+    if what not in ("kernels", "train", "prepare"):
+        raise UserError(f"bench {what}: unknown; this version measures kernels, train and prepare")
     sys.argv = [f"voxtrast bench {what}", *context.args]
     runpy.run_module(f"voxtrast.benchmarks.{what}", run_name="__main__", alter_sys=True)
 

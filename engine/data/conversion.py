@@ -1,5 +1,6 @@
 """What a worker process does with one source: digests, series of a folder, conversion. Jobs and replies are JSON."""
 
+import errno
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,22 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from . import dicom, normalise, store
+from . import dicom, normalise, resampling, store
+from .devices import array_module
 from .headers import check_regular, detached_files
+from .memory import check_memory
 from .reading import Volume, read_label, read_volume
 from .rejection import RejectedError
 
+# What a network disk says when it is away for a moment. A file that is damaged or forbidden says something else.
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENETDOWN, errno.ENETUNREACH,
+             errno.ENETRESET, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+             errno.ENOTCONN, errno.EREMOTEIO, errno.ENOMEM}  # fmt: skip
+
 
 def perform(job: dict[str, Any]) -> dict[str, Any]:
-    """Do one job. The reply has one of the keys done, rejected (reason, remedy, label) or store_error."""
+    """Do one job. The reply has one of the keys done, rejected (reason, remedy, label) or store_error; with a rejection
+    goes `transient` where another try may do better."""
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     task = {"series": _series, "digest": _digest, "convert": _convert}[job["task"]]
@@ -27,7 +36,8 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
     except MemoryError as error:
         return _rejected("needs more memory than there is", "use fewer workers, or a machine with more memory", error)
     except OSError as error:
-        return _rejected(f"cannot be read: {error.strerror or error}", "make the file readable and run again", error)
+        reply = _rejected(f"cannot be read: {error.strerror or error}", "make the file readable and run again", error)
+        return {**reply, "transient": error.errno in TRANSIENT}
     except Exception as error:  # one strange file must not stop the others
         reason = f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return _rejected(reason, "report it with the file, or remove the file", error)
@@ -75,17 +85,21 @@ def _combined(files: list[Path]) -> str:
 def _convert(job: dict[str, Any]) -> dict[str, Any]:
     """Read, check, normalise, resample and store one volume and its label; returns the fields of its Case."""
     settings = job["settings"]
+    if job["memory_limit_gb"] is not None:
+        check_memory(job, job["memory_limit_gb"])
+    xp = array_module(job["device"])
     volume = read_volume([Path(file) for file in job["files"]], job["dicom"])
     spacing = volume.spacing_mm
-    grid = normalise.isotropic_grid(volume.values.shape, spacing, settings["spacing_mm"])
-    normalise.check_grid(grid, settings["minimum_size_voxels"], spacing, settings["spacing_mm"])
+    grid = resampling.isotropic_grid(volume.values.shape, spacing, settings["spacing_mm"])
+    resampling.check_grid(grid, settings["minimum_size_voxels"], spacing, settings["spacing_mm"])
     normalise.check_values(volume.values)
     label = None
     if job["label"] is not None:
         with _OfLabel():
-            label = normalise.resample_label(read_label(Path(job["label"]), volume), grid)
-    modality = _modality(volume, settings["modality"])
-    values = normalise.resample_image(normalise.normalise(volume.values, modality), grid)
+            label = resampling.resample_label(read_label(Path(job["label"]), volume), grid, xp=xp)
+    modality = _modality(volume, settings["modality"] if settings["modality"] != "auto" else job["modality"])
+    normalised = normalise.normalise(volume.values, modality)
+    values = resampling.resample_image(normalised, grid, order=settings["order"], xp=xp)
     stored = values.astype(settings["dtype"])
     affine = grid.affine(volume.affine)
     target, name = Path(job["store"]), f"{job['id']}.npy"
@@ -109,8 +123,8 @@ def _convert(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _modality(volume: Volume, wanted: str) -> str:
-    """The setting, else the DICOM tag, else a look at the values."""
-    if wanted != "auto":
+    """What is wanted or stated, else the DICOM tag, else a look at the values."""
+    if wanted:
         return wanted
     if not volume.modality:
         return normalise.guess_modality(volume.values)

@@ -38,6 +38,7 @@ class Source:
     dicom: bool
     label_name: str | None = None
     label_file: str | None = None
+    modality: str = ""  # "ct" or "mr" where a list of the files states it
 
 
 @dataclass
@@ -199,7 +200,7 @@ def sources(raw: Path, tree: Tree, series: list[Series]) -> tuple[list[Source], 
     for name, key, files, dicom in sorted(found):
         label = labels[key][0] if key in labels else None
         file = str(raw / label) if label is not None else None
-        result.append(Source(_unique_id(key, name, taken), name, files, dicom, label, file))
+        result.append(Source(unique_id(key, name, taken), name, files, dicom, label, file))
     rejected = []
     for key, names in labels.items():
         for position, name in enumerate(names):
@@ -223,7 +224,7 @@ def _label_key(name: str, tree: Tree) -> str:
     return _inside(key, tree).removesuffix(LABEL_ENDING)
 
 
-def _unique_id(key: str, name: str, taken: set[str]) -> str:
+def unique_id(key: str, name: str, taken: set[str]) -> str:
     """An id that is safe as a file name; a hash of the source's name is appended where it is taken or too long."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", "__".join(PurePosixPath(key).parts)).lstrip(".") or "volume"
     if safe in taken or len(safe) > LONGEST_ID:

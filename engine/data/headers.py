@@ -4,8 +4,6 @@ NIfTI: https://nifti.nimh.nih.gov/nifti-1 and the NIfTI-2 update. The reader ben
 NaN by zero and the missing end of a file by whatever, all without a word: hence our own look at header and data.
 """
 
-import gzip
-import io
 import math
 import stat
 import struct
@@ -64,16 +62,19 @@ def check_nifti(path: Path) -> None:
 
 
 def _decompress(data: bytes) -> bytes:
-    """To the end, which also checks gzip's own checksum."""
-    content = b""
+    """To the end, member by member, which also checks gzip's own checksums."""
+    parts, rest = [], data
     try:
-        with gzip.open(io.BytesIO(data)) as stream:
-            content = stream.read()
-    except EOFError:
-        raise RejectedError(f"truncated: the compressed data end early, after {len(data)} bytes", COPY_AGAIN) from None
-    except (gzip.BadGzipFile, zlib.error):
+        while rest.rstrip(b"\0"):  # some writers pad with zeros
+            member = zlib.decompressobj(wbits=31)
+            parts.append(member.decompress(rest))
+            if not member.eof:
+                reason = f"truncated: the compressed data end early, after {len(data)} bytes"
+                raise RejectedError(reason, COPY_AGAIN)
+            rest = member.unused_data
+    except zlib.error:
         raise RejectedError("damaged: the compressed data contradict their checksum or structure", COPY_AGAIN) from None
-    return content
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def check_finite(values: np.ndarray) -> None:

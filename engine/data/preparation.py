@@ -7,53 +7,72 @@ What was converted is noted in a journal as it happens, so that the next run goe
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from ..errors import UserError
 from . import store as layout
-from .discovery import SUFFIXES, Series, Source, scan, sources
-from .headers import COPY_AGAIN
+from .discovery import Source
+from .inventory import Found, Inventory
+from .progress import Progress
 from .rejection import Rejection
 from .store import Case, StoreWriteError
-from .workers import Job, WorkerPool
+from .workers import Job, Pool
 
 Digests = dict[Source, tuple[str, str | None]]  # sha256 of the volume's files, of the label's
 
 
-class Preparation:
-    """The state of one run; `run()` does it. Files that are rejected collect in `rejected`, results in `cases`."""
+@dataclass(frozen=True)
+class Work:
+    """Where volumes come from and what converts them. `slice` chooses sources by name, for a shard."""
 
-    def __init__(self, raw: Path, target: Path, settings: dict[str, Any], workers: int, progress: bool) -> None:
-        self.raw, self.target, self.settings, self.workers = raw, target, settings, workers
+    origin: str  # RAW, for messages
+    inventory: Inventory
+    pool: Callable[[], Pool]
+    device: str = "cpu"
+    memory_limit_gb: float | None = None
+    slice: Callable[[str], bool] | None = None
+
+
+class Preparation:
+    """The state of one run; `run()` does it. Files that are rejected collect in `rejected`, results in `cases`.
+
+    Of a shard, `target` is the shard's own store and `main` the one that it will be merged into: what is there and
+    still valid is not converted again.
+    """
+
+    def __init__(
+        self, work: Work, target: Path, settings: dict[str, Any], progress: bool, main: Path | None = None
+    ) -> None:
+        self.work, self.target, self.settings, self.main = work, target, settings, main
         self.known: dict[str, Case] = {}  # by source: what the index and the journal say is in the store
         self.equal: dict[str, Case] = {}  # by source: what became the same volume as another source, and is not kept
         self.cases: list[Case] = []
         self.rejected: list[Rejection] = []
+        self.refused: dict[str, dict[str, Any]] = {}  # by source: why, as its worker said it
+        self.everything = Found([], [])  # and of it, what this run is to do:
+        self.found: list[Source] = []
+        self.digests: Digests = {}
         self.prepared = self.duplicates = self.dropped = self.other_files = self.bytes = 0
-        columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        hidden = not (progress and console.is_terminal)  # in a log file a bar is only noise
-        self._bars = Progress(*columns, console=console, disable=hidden, transient=True)
+        self._progress = Progress(progress)
         self._new: set[str] = set()  # sources converted in this run
 
     def run(self) -> None:
         """Raises UserError where there is nothing to prepare, StoreWriteError where the store's disk refuses."""
-        self.known = _known_cases(self.target, layout.INDEX, layout.JOURNAL)
-        self.equal = _known_cases(self.target, layout.DUPLICATES)
-        tree = scan(self.raw, self.target)
-        self.other_files = tree.other
-        self.rejected += tree.rejected
-        with WorkerPool(self.workers) as pool, self._bars:
-            found, orphans = sources(self.raw, tree, self._series(pool, tree.dicom_files))
-            self.rejected += orphans
-            self._check_found(found)
-            self.dropped = len(set(self.known) - {source.name for source in found})
-            self._convert(pool, self._digests(pool, found))
+        self.known = known_cases(self.target, layout.INDEX, layout.JOURNAL)
+        self.equal = known_cases(self.target, layout.DUPLICATES)
+        with self.work.pool() as pool, self._progress:
+            found = self.work.inventory(lambda title, jobs: self._perform(pool, title, jobs))
+            self.everything, self.found, self.other_files = found, found.sources, found.other
+            self.rejected += found.rejected
+            self._check_found()
+            if self.work.slice is not None:
+                self.found = [source for source in self.found if self.work.slice(source.name)]
+            self.dropped = len(set(self.known) - {source.name for source in self.found})
+            self.digests = self._digests(pool)
+            self._convert(pool, self._not_in_main())
         self._leave_out_equal_results()
         self.prepared = sum(case.source in self._new for case in self.cases)
         layout.write_index(self.target, self.cases)
@@ -61,30 +80,41 @@ class Preparation:
         layout.write_duplicates(self.target, self.equal.values())
         self._clean()
 
-    def _check_found(self, found: list[Source]) -> None:
-        if not found:
-            first = f"; first problem: {self.rejected[0].file}: {self.rejected[0].reason}" if self.rejected else ""
-            expected = f"files ending in {', '.join(SUFFIXES)}, or DICOM folders"
-            others = f"{self.other_files} other files{first}"
-            raise UserError(f"no volume found below {self.raw} ({others}): give a folder with {expected}")
-        if self.known and not set(self.known) & {source.name for source in found}:
-            message = f"none of the {len(self.known)} volumes in {self.target} comes from {self.raw}"
+    def _check_found(self) -> None:
+        where = self.main or self.target
+        known = self.known if self.main is None else known_cases(self.main, layout.INDEX)
+        if known and not set(known) & {source.name for source in self.found}:
+            message = f"none of the {len(known)} volumes in {where} comes from {self.work.origin}"
             raise UserError(f"{message}: give the folder that it was prepared from, or another store")
 
-    def _perform(self, pool: WorkerPool, title: str, jobs: list[Job]) -> Iterator[tuple[int, Job]]:
+    def _not_in_main(self) -> Digests:
+        """What a shard has to look at: sources that the store it will be merged into does not have as they are now."""
+        if self.main is None:
+            return self.digests
+        stored = known_cases(self.main, layout.INDEX)
+        return {
+            source: digest
+            for source, digest in self.digests.items()
+            if not (source.name in stored and _is_whole(stored[source.name], source, digest, self.main))
+        }
+
+    def _perform(self, pool: Pool, title: str, jobs: list[Job]) -> Iterator[tuple[int, Job]]:
         """Replies as they come, with a bar. Raises StoreWriteError at the first reply that says so."""
-        bar = self._bars.add_task(title, total=len(jobs), visible=bool(jobs))
-        for position, reply in pool.map(jobs):
-            self._bars.advance(bar)
+        for position, reply in self._progress.follow(title, len(jobs), pool.map(jobs)):
             if "store_error" in reply:
                 raise StoreWriteError(reply["store_error"], reply["number"])
             if "died" in reply:
                 reason = f"the process that read it was ended by {reply['died']}, twice"
                 remedy = "most often memory ran out: use fewer workers or a machine with more memory, else remove it"
                 reply = {"rejected": {"reason": reason, "remedy": remedy, "label": False}}
+            if "late" in reply:
+                reason = f"took longer than {reply['late']:g} s and was given up"
+                remedy = "run again with a larger timeout_s where it is only large or its disk slow, else remove it"
+                reply = {"rejected": {"reason": reason, "remedy": remedy, "label": False}}
             yield position, reply
 
     def _reject(self, source: Source, reply: Job) -> None:
+        self.refused[source.name] = reply["rejected"]
         reason, remedy = reply["rejected"]["reason"], reply["rejected"]["remedy"]
         if reply["rejected"]["label"] and source.label_name:
             reason = f"{reason} (a label; its image {source.name} is left out too)"
@@ -92,31 +122,12 @@ class Preparation:
         else:
             self.rejected.append(Rejection(source.name, reason, remedy))
 
-    def _series(self, pool: WorkerPool, dicom_files: dict[str, list[str]]) -> list[Series]:
-        """The series of all folders. Where files of a folder cannot be listed, its series may lack them: rejected."""
-        folders = sorted(dicom_files)
-        jobs = [{"task": "series", "folder": str(self.raw / each), "names": dicom_files[each]} for each in folders]
-        result = []
-        for position, reply in self._perform(pool, "series", jobs):
-            folder = folders[position]
-            if "rejected" in reply:
-                self.rejected.append(Rejection(folder, reply["rejected"]["reason"], reply["rejected"]["remedy"]))
-                continue
-            series, lost = reply["done"]["series"], reply["done"]["lost"]
-            for name, reason in lost:
-                self.rejected.append(Rejection(name if folder == "." else f"{folder}/{name}", reason, COPY_AGAIN))
-            if series and lost:
-                shown = lost[0][0] if len(lost) == 1 else f"{lost[0][0]} and {len(lost) - 1} more"
-                reason = f"the series may be incomplete: {len(lost)} of the folder's files cannot be read ({shown})"
-                remedy = "copy those files again; remove them if they are no slices, and the series is prepared"
-                self.rejected.append(Rejection(folder, reason, remedy))
-                continue
-            for each in series:
-                result.append(Series(folder, each["uid"], tuple(each["files"]), alone=len(series) == 1))
-        return result
-
-    def _digests(self, pool: WorkerPool, found: list[Source]) -> Digests:
-        jobs = [{"task": "digest", "files": source.files, "label": source.label_file} for source in found]
+    def _digests(self, pool: Pool) -> Digests:
+        found = self.found
+        jobs: list[Job] = [
+            {"task": "digest", "source": source.name, "files": source.files, "label": source.label_file}
+            for source in found
+        ]
         result: Digests = {}
         for position, reply in self._perform(pool, "checksums", jobs):
             if "rejected" in reply:
@@ -125,7 +136,7 @@ class Preparation:
                 result[found[position]] = reply["done"]["source"], reply["done"]["label"]
         return {source: result[source] for source in found if source in result}
 
-    def _convert(self, pool: WorkerPool, digests: Digests) -> None:
+    def _convert(self, pool: Pool, digests: Digests) -> None:
         """Convert the first of each group of equal files; where it is rejected, the next one takes its place."""
         groups: dict[str, list[Source]] = {}
         for source, (digest, _) in digests.items():
@@ -173,23 +184,21 @@ class Preparation:
     def _job(self, source: Source) -> Job:
         return {
             "task": "convert",
+            "source": source.name,
             "id": source.id,
             "files": source.files,
             "dicom": source.dicom,
             "label": source.label_file,
             "store": str(self.target),
             "settings": self.settings,
+            "modality": source.modality,
+            "device": self.work.device,
+            "memory_limit_gb": self.work.memory_limit_gb,
         }
 
     def _is_stored(self, source: Source, digest: tuple[str, str | None]) -> bool:
         case = self.known.get(source.name)
-        if case is None or not _same_source(case, source, digest):
-            return False
-        try:
-            layout.check_case_files(self.target, case)
-        except UserError:  # gone or cut short since: convert it again
-            return False
-        return True
+        return case is not None and _is_whole(case, source, digest, self.target)
 
     def _is_done(self, source: Source, digest: tuple[str, str | None], kept: dict[str, str]) -> bool:
         """Whether it is in the store, or known to become the same volume as an earlier one that is."""
@@ -251,13 +260,25 @@ def _case(source: Source, digest: tuple[str, str | None], fields: dict[str, Any]
     )
 
 
+def _is_whole(case: Case, source: Source, digest: tuple[str, str | None], store: Path) -> bool:
+    """Whether a case is that of a source as it is now, with files that are all there."""
+    if not _same_source(case, source, digest):
+        return False
+    try:
+        layout.check_case_files(store, case)
+    except UserError:  # gone or cut short since: convert it again
+        return False
+    return True
+
+
 def _same_source(case: Case, source: Source, digest: tuple[str, str | None]) -> bool:
     """Whether a case was made of this very volume and label, under the id that they have now."""
     names = (case.id, case.label_source) == (source.id, source.label_name)
+    names = names and source.modality in ("", case.modality)
     return names and (case.source_sha256, case.label_source_sha256) == digest
 
 
-def _known_cases(target: Path, *files: str) -> dict[str, Case]:
+def known_cases(target: Path, *files: str) -> dict[str, Case]:
     """Cases by source, from files of the store; the last line counts. One that cannot be read is done again."""
     result: dict[str, Case] = {}
     for name in files:

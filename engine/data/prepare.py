@@ -6,7 +6,8 @@ import locale
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,21 @@ from typing import Any
 
 from ..errors import UserError
 from . import store as layout
+from .cluster import ClusterPool
+from .devices import array_module
+from .inventory import Inventory, of_tree
+from .nnssl import of_collection
 from .normalise import CT_WINDOW_HU, MR_PERCENTILES
-from .preparation import Preparation
-from .store import StoreWriteError
+from .preparation import Preparation, Work
+from .progress import Progress
+from .resampling import ORDERS
+from .sharding import PART, SHARDS, RecordedPool, Shard, read_parts, refuse_parts, remove_parts, shard_store, write_part
+from .store import Store, StoreWriteError
+from .workers import Pool, WorkerPool
 
 LOCK = ".lock"
-OWN_FILES = {LOCK, layout.JOURNAL, layout.SETTINGS, layout.INDEX, layout.REJECTED, layout.DUPLICATES}
-OWN_NAMES = OWN_FILES | {layout.VOLUMES, layout.LABELS}
+OWN_FILES = {LOCK, layout.JOURNAL, layout.SETTINGS, layout.INDEX, layout.REJECTED, layout.DUPLICATES, PART}
+OWN_NAMES = OWN_FILES | {layout.VOLUMES, layout.LABELS, SHARDS}
 
 
 @dataclass(frozen=True)
@@ -58,40 +67,122 @@ def prepare(
     spacing_mm: float = 1.5,
     modality: str = "auto",
     dtype: str = "float16",
+    order: int = 3,
     workers: int | None = None,
     minimum_size_voxels: int = 16,
+    device: str = "cpu",
+    timeout_s: float = 3600.0,
+    memory_limit_gb: float | None = None,
+    scheduler: str | None = None,
+    shard: str | None = None,
     progress: bool = True,
 ) -> PrepareSummary:
     """Prepare every volume below `raw` into `store`. Run it again after anything: it goes on where it was.
 
     Args:
-        raw: any tree of NIfTI, NRRD, MHA/MHD files and DICOM folders, or one with images/ and labels/.
+        raw: any tree of NIfTI, NRRD, MHA/MHD files and DICOM folders, or one with images/ and labels/; or a list of
+            images, nnssl's pretrain_data.json.
         store: a folder of its own; made where it does not exist.
         spacing_mm: edge of the stored voxels, the same on all axes.
-        modality: "ct", "mr", or "auto" (by DICOM tag, else by the values: `normalise.guess_modality`).
+        modality: "ct", "mr", or "auto" (by the list or the DICOM tag, else by the values: `normalise.guess_modality`).
         dtype: "float16" or "float32", of the stored volumes.
-        workers: processes, each with one thread; the number of cores by default.
+        order: of the splines that resample images: 3, 1, or 0 for the nearest voxel.
+        workers: processes, each with one thread; the number of cores by default. A cluster has its own.
         minimum_size_voxels: a volume with a shorter axis after resampling is rejected.
-        progress: show a bar on standard error.
+        device: "cpu" or "cuda", for resampling.
+        timeout_s: a volume that takes a worker longer is given up.
+        memory_limit_gb: of a worker; a volume that would need more, by its header, is rejected unread.
+        scheduler: address of a Dask scheduler; its workers see `raw` and `store` at the same paths.
+        shard: "i/n": only slice i of n, for `merge` to put together.
+        progress: show a bar on standard error, or a line a minute where that is no terminal.
 
     Raises:
         UserError: nothing to prepare, wrong setting, store of other settings, in use, or not writable (full disk).
         A bad file does not raise: it gets a line in rejected.jsonl and `exit_code` is 1.
     """
-    started = time.monotonic()
-    settings = _settings(spacing_mm, modality, dtype, minimum_size_voxels)
+    settings = _settings(spacing_mm, modality, dtype, minimum_size_voxels, order)
     count = workers if workers is not None else len(os.sched_getaffinity(0))
     if count < 1:
         raise UserError(f"workers is {count}, at least 1 was expected: leave it out to use every core")
-    raw, target = Path(raw), Path(store)
+    for name, limit in (("timeout_s", timeout_s), ("memory_limit_gb", memory_limit_gb)):
+        if limit is not None and not limit > 0:
+            raise UserError(f"{name} is {limit}, a positive number was expected: leave it out for the default")
+    if scheduler is None:
+        array_module(device)  # a cluster's workers are asked themselves
+    raw, store = Path(raw).absolute(), Path(store)  # the workers of a cluster stand in other folders
+    slice_ = Shard.parse(shard) if shard is not None else None
+    target = store if slice_ is None else shard_store(store, slice_)
+
+    def pool() -> Pool:
+        if scheduler is None:
+            return WorkerPool(count, timeout_s)
+        return ClusterPool(scheduler, raw, target, device, timeout_s)
+
+    work = Work(
+        origin=str(raw),
+        inventory=_inventory(raw, store, modality),
+        pool=pool,
+        device=device,
+        memory_limit_gb=memory_limit_gb,
+        slice=slice_.has if slice_ is not None else None,
+    )
+    if slice_ is None:
+        refuse_parts(store)
+        return _run(Preparation(work, target, settings, progress))
+    _check_place(store, settings)
+    preparation = Preparation(work, target, settings, progress, main=store)
+    return _run(preparation, lambda: write_part(preparation, slice_))
+
+
+def merge(store: str | Path, *, progress: bool = True) -> PrepareSummary:
+    """Put the shards of a store together, once all of them have ended: the bytes are those of a run without shards.
+
+    Raises UserError where a shard is missing, or saw other files or settings than the others.
+    """
+    store = Path(store)
+    parts = read_parts(store)
+    work = Work(str(store / SHARDS), parts.find, lambda: RecordedPool(parts, store))
+    return _run(Preparation(work, store, parts.settings, progress), lambda: remove_parts(store))
+
+
+def check(store: str | Path, *, workers: int | None = None, progress: bool = True) -> list[str]:
+    """Read every file of a finished store; one line for each that is missing, damaged or changed, with the remedy.
+
+    Raises UserError where there is no store to be read, or one with shards that are not merged.
+    """
+    opened = Store(store)
+    refuse_parts(opened.path)
+    files = [(file, case.shape, *rest) for case in opened.cases for file, *rest in layout.case_files(opened.path, case)]
+
+    def problem(file: tuple[Any, ...]) -> str:
+        try:
+            layout.check_file(*file)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with Progress(progress) as shown, ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        return [line for line in shown.follow("checking", len(files), pool.map(problem, files)) if line]
+
+
+def _inventory(raw: Path, store: Path, modality: str) -> Inventory:
+    if raw.suffix.lower() == ".json" and raw.is_file():
+        return of_collection(raw, take_modality=modality == "auto")
     if not os.access(raw, os.R_OK | os.X_OK) or not raw.is_dir():
         raise UserError(f"{raw} is not a folder that can be read: give the folder that holds the images")
-    preparation = Preparation(raw, target, settings, count, progress)
+    return of_tree(raw, store)
+
+
+def _run(preparation: Preparation, finish: Callable[[], None] = lambda: None) -> PrepareSummary:
+    """`finish` is the last thing done, with the store still locked."""
+    started = time.monotonic()
+    target = preparation.target
     spoken = locale.setlocale(locale.LC_ALL)
     try:
-        with _claimed(target, settings):
+        with _claimed(target, preparation.settings):
             try:
                 preparation.run()
+                finish()
             finally:
                 layout.remove_leftovers(target)  # of workers that were ended in the middle of a write
     except StoreWriteError as error:
@@ -121,7 +212,7 @@ def _remedy(number: int) -> str:
     return "make the folder writable or give another one, then run the same command again"
 
 
-def _settings(spacing_mm: float, modality: str, dtype: str, minimum_size_voxels: int) -> dict[str, Any]:
+def _settings(spacing_mm: float, modality: str, dtype: str, minimum_size_voxels: int, order: int) -> dict[str, Any]:
     if not (math.isfinite(spacing_mm) and spacing_mm > 0):
         raise UserError(f"spacing_mm is {spacing_mm}, a positive number of millimetres was expected: for example 1.5")
     if modality not in ("auto", "ct", "mr"):
@@ -130,12 +221,15 @@ def _settings(spacing_mm: float, modality: str, dtype: str, minimum_size_voxels:
         raise UserError(f"dtype is {dtype!r}, expected float16 or float32: leave it out for float16")
     if minimum_size_voxels < 1:
         raise UserError(f"minimum_size_voxels is {minimum_size_voxels}, at least 1 was expected: leave it out for 16")
+    if order not in ORDERS:
+        raise UserError(f"order is {order}, expected 0, 1 or 3: leave it out for 3")
     return {
         "format": layout.FORMAT,
         "spacing_mm": float(spacing_mm),
         "modality": modality,
         "dtype": dtype,
         "minimum_size_voxels": minimum_size_voxels,
+        "order": order,
         "ct_window_hu": list(CT_WINDOW_HU),
         "mr_percentiles": list(MR_PERCENTILES),
     }
@@ -146,10 +240,7 @@ def _claimed(target: Path, settings: dict[str, Any]) -> Iterator[None]:
     """Make or check the store's folder and hold its lock. The lock is the kernel's: it goes with the process."""
     try:
         target.mkdir(parents=True, exist_ok=True)
-        foreign = sorted(each.name for each in target.iterdir() if each.name not in OWN_NAMES and each.suffix != ".tmp")
-        if foreign and not (target / layout.SETTINGS).exists():
-            message = f"{target} is not empty and not a store (it holds {foreign[0]}): give a new or an empty folder"
-            raise UserError(message)
+        _refuse_foreign(target)
         lock = open(target / LOCK, "w")  # noqa: SIM115 - held until the end
     except OSError as error:
         reason = error.strerror or str(error)
@@ -174,6 +265,21 @@ def _claimed(target: Path, settings: dict[str, Any]) -> Iterator[None]:
         lock.close()
 
 
+def _refuse_foreign(target: Path) -> None:
+    foreign = sorted(each.name for each in target.iterdir() if each.name not in OWN_NAMES and each.suffix != ".tmp")
+    if foreign and not (target / layout.SETTINGS).exists():
+        message = f"{target} is not empty and not a store (it holds {foreign[0]}): give a new or an empty folder"
+        raise UserError(message)
+
+
+def _check_place(store: Path, settings: dict[str, Any]) -> None:
+    """Refuse what the merge would refuse, before a shard has worked for it."""
+    if store.is_dir():
+        _refuse_foreign(store)
+    if (store / layout.INDEX).exists():
+        _refuse_other_settings(store, layout.read_settings(store), settings)
+
+
 def _check_settings(target: Path, settings: dict[str, Any]) -> None:
     present = layout.read_settings(target)
     empty = not (target / layout.INDEX).exists() and not (target / layout.JOURNAL).exists()
@@ -181,6 +287,13 @@ def _check_settings(target: Path, settings: dict[str, Any]) -> None:
         return
     if present is None or empty:
         layout.write_settings(target, settings)
+        return
+    _refuse_other_settings(target, present, settings)
+
+
+def _refuse_other_settings(target: Path, present: dict[str, Any] | None, settings: dict[str, Any]) -> None:
+    present = present or {}
+    if present == settings:
         return
     keys = [key for key in sorted(settings | present) if settings.get(key) != present.get(key)]
     changes = ", ".join(f"{key} {present.get(key)} (now {settings.get(key)})" for key in keys)

@@ -15,6 +15,8 @@ import errno
 import hashlib
 import json
 import os
+import secrets
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,6 +31,7 @@ FORMAT = 1
 SETTINGS, INDEX, REJECTED, JOURNAL = "store.json", "index.jsonl", "rejected.jsonl", "journal.jsonl"
 DUPLICATES = "duplicates.jsonl"
 VOLUMES, LABELS = "volumes", "labels"
+REDO = "delete that file and run the same `voxtrast prepare` again"
 
 
 @dataclass(frozen=True)
@@ -136,17 +139,29 @@ class Store:
 
 def check_case_files(store: Path, case: Case, contents: bool = False) -> None:
     """Raise UserError unless the files of a case are there with the right size and, if asked for, the right bytes."""
-    entries = [(store / VOLUMES / f"{case.id}.npy", case.dtype, case.sha256)]
+    for file, dtype, expected in case_files(store, case):
+        check_file(file, case.shape, dtype, expected if contents else None)
+
+
+def case_files(store: Path, case: Case) -> list[tuple[Path, str, str]]:
+    """File, dtype and sha256 of a case's volume and, where it has one, of its label."""
+    files = [(store / VOLUMES / f"{case.id}.npy", case.dtype, case.sha256)]
     if case.label_dtype is not None and case.label_sha256 is not None:
-        entries.append((store / LABELS / f"{case.id}.npy", case.label_dtype, case.label_sha256))
-    for file, dtype, expected in entries:
-        with open_array(file, case.shape, dtype):
-            pass  # opening checks
-        if contents and (found := file_sha256(file)) != expected:
-            raise UserError(
-                f"{file} changed since the index was written (sha256 {found[:12]}, index {expected[:12]}): "
-                "delete that file and run the same `voxtrast prepare` again"
-            )
+        files.append((store / LABELS / f"{case.id}.npy", case.label_dtype, case.label_sha256))
+    return files
+
+
+def check_file(file: Path, shape: tuple[int, ...], dtype: str, sha256: str | None = None) -> None:
+    """Raise UserError unless a file is there with the right size and, if given, the right bytes."""
+    with open_array(file, shape, dtype):
+        pass  # opening checks
+    try:
+        found = sha256 and file_sha256(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror or error}): {REDO}") from None
+    if found != sha256:
+        short = f"sha256 {str(found)[:12]}, index {str(sha256)[:12]}"
+        raise UserError(f"{file} changed since the index was written ({short}): {REDO}")
 
 
 @contextlib.contextmanager
@@ -155,23 +170,22 @@ def open_array(file: Path, shape: tuple[int, ...], dtype: str) -> Iterator[Binar
 
     Raises: UserError unless it is C-ordered, of that shape and dtype, with exactly the bytes that it needs.
     """
-    remedy = "delete that file and run the same `voxtrast prepare` again"
     try:
         with open(file, "rb") as stream:
             np.lib.format.read_magic(stream)
             found_shape, fortran, found_dtype = np.lib.format.read_array_header_1_0(stream)
             size, needed = os.fstat(stream.fileno()).st_size, stream.tell() + found_dtype.itemsize * int(np.prod(shape))
             if found_shape != shape or found_dtype != np.dtype(dtype) or fortran:
-                raise UserError(f"{file} holds {found_dtype} {found_shape}, the index says {dtype} {shape}: {remedy}")
+                raise UserError(f"{file} holds {found_dtype} {found_shape}, the index says {dtype} {shape}: {REDO}")
             if size != needed:
-                raise UserError(f"{file} has {size} bytes, its header asks for {needed}: {remedy}")
+                raise UserError(f"{file} has {size} bytes, its header asks for {needed}: {REDO}")
             yield stream
     except UserError:
         raise
     except FileNotFoundError:
         raise UserError(f"{file} is missing though the index lists it: run the same `voxtrast prepare` again") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): {remedy}") from None
+        raise UserError(f"{file} cannot be read ({error}): {REDO}") from None
 
 
 def file_sha256(file: Path) -> str:
@@ -199,6 +213,7 @@ def read_settings(store: Path) -> dict[str, Any] | None:
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:
         found = settings.get("format") if isinstance(settings, dict) else settings
         raise UserError(f"{file} has format {found!r}, this version reads {FORMAT}: prepare into a new folder")
+    settings.setdefault("order", 3)  # there was no choice at first
     return settings
 
 
@@ -233,7 +248,7 @@ def write_atomically(file: Path, write: Callable[[BinaryIO], None]) -> None:
 
     A process killed half-way leaves one, which the next prepare removes (`remove_leftovers`).
     """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(6)}.tmp")
     try:
         try:
             with open(temporary, "wb") as stream:
@@ -241,7 +256,7 @@ def write_atomically(file: Path, write: Callable[[BinaryIO], None]) -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(temporary, file)
-            _flush_folder(file.parent)
+            flush_folder(file.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -263,7 +278,7 @@ def write_array(file: Path, array: np.ndarray) -> str:
 
 
 def write_settings(store: Path, settings: dict[str, Any]) -> None:
-    write_atomically(store / SETTINGS, lambda stream: _write_lines(stream, [json.dumps(settings, indent=2)]))
+    write_lines(store / SETTINGS, [json.dumps(settings, indent=2)])
 
 
 def write_index(store: Path, cases: Iterable[Case]) -> None:
@@ -280,20 +295,21 @@ def write_duplicates(store: Path, cases: Iterable[Case]) -> None:
 
 def write_cases(file: Path, cases: Iterable[Case]) -> None:
     """Write cases as lines sorted by id, atomically. Raises StoreWriteError."""
-    lines = [case.as_line() for case in sorted(cases, key=lambda case: case.id)]
-    write_atomically(file, lambda stream: _write_lines(stream, lines))
+    write_lines(file, [case.as_line() for case in sorted(cases, key=lambda case: case.id)])
 
 
 def write_rejected(store: Path, rejections: Iterable[Rejection]) -> None:
-    lines = [json.dumps(rejection.as_dict()) for rejection in sorted(set(rejections))]
-    write_atomically(store / REJECTED, lambda stream: _write_lines(stream, lines))
+    write_lines(store / REJECTED, [json.dumps(rejection.as_dict()) for rejection in sorted(set(rejections))])
 
 
 def remove_leftovers(store: Path) -> None:
     """Remove the temporary files of a prepare that was killed. Call it only while holding the store's lock."""
     for folder in (store, store / VOLUMES, store / LABELS):
         for file in folder.glob(".*.tmp"):
-            remove(file)
+            if file.is_dir():  # shards that were merged
+                shutil.rmtree(file, ignore_errors=True)
+            else:
+                remove(file)
 
 
 def remove(file: Path) -> None:
@@ -304,11 +320,17 @@ def remove(file: Path) -> None:
         raise StoreWriteError.of(error, file) from error
 
 
-def _write_lines(stream: BinaryIO, lines: list[str]) -> None:
-    stream.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
+def write_lines(file: Path, lines: list[str]) -> None:
+    """Write a text atomically. Raises StoreWriteError."""
+    text = "".join(f"{line}\n" for line in lines).encode("utf-8")
+
+    def write(stream: BinaryIO) -> None:
+        stream.write(text)
+
+    write_atomically(file, write)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

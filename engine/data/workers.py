@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import queue
+import select
 import signal
 import subprocess
 import sys
@@ -32,14 +33,15 @@ class WorkerStartError(UserError):
     """A worker process could not even start: an installation that does not work, not a matter of any file."""
 
 
-class _Worker:
+class Worker:
     """One process; started at the first job, started again after a death."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
 
-    def perform(self, job: Job) -> Job:
-        """The reply, or {"died": how} where the process ended before it replied."""
+    def perform(self, job: Job, timeout_s: float | None = None) -> Job:
+        """The reply; {"died": how} where the process ended before it replied, {"late": seconds} where it took longer
+        and was ended."""
         if self.process is None:
             self.process = self._start()
         assert self.process.stdin is not None
@@ -47,7 +49,11 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):  # then it is dead, and the empty line below says so
             self.process.stdin.write(json.dumps(job).encode() + b"\n")
             self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        replies = self.process.stdout
+        if not _readable(replies.fileno(), timeout_s):
+            self.end()
+            return {"late": timeout_s}
+        line = replies.readline()
         if line.endswith(b"\n"):
             reply: Job = json.loads(line)
             return reply
@@ -79,15 +85,54 @@ class _Worker:
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()
             self.process.communicate()
+            self.process = None
 
 
-class WorkerPool:
-    """`count` workers. Use as a context; leaving it ends them at once, whatever they are doing."""
+def _readable(descriptor: int, timeout_s: float | None) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
-    def __init__(self, count: int) -> None:
+
+class Pool:
+    """What performs jobs, wherever: `batch` is the place's own. Use as a context."""
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def batch(self, jobs: list[tuple[int, Job]]) -> Iterator[tuple[int, Job]]:
+        """Perform jobs, each with its position; yields (position, reply) as they come."""
+        raise NotImplementedError
+
+    def map(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Job]]:
+        """Perform jobs; yields (position of the job, reply) as they come, in no particular order.
+
+        A job whose worker died is tried once more, alone, after all others: two large volumes at a time may be too
+        much for the memory where one is not. So is one whose reply is `transient`: a network disk may be back by then.
+        If its worker dies again the reply is {"died": how}.
+        """
+        waiting = list(jobs)
+        again = []
+        for position, reply in self.batch(list(enumerate(waiting))):
+            if "died" in reply or reply.get("transient"):
+                again.append(position)
+            else:
+                yield position, reply
+        for position in sorted(again):
+            yield from self.batch([(position, waiting[position])])
+
+
+class WorkerPool(Pool):
+    """`count` workers. Leaving the context ends them at once, whatever they are doing."""
+
+    def __init__(self, count: int, timeout_s: float | None = None) -> None:
+        self._timeout_s = timeout_s
         self._jobs: queue.SimpleQueue[tuple[int, Job] | None] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[tuple[int, Job | BaseException]] = queue.SimpleQueue()
-        self._workers = [_Worker() for _ in range(count)]
+        self._workers = [Worker() for _ in range(count)]
         self._closing = False
         self._threads = [threading.Thread(target=self._run, args=(worker,), daemon=True) for worker in self._workers]
 
@@ -106,23 +151,7 @@ class WorkerPool:
         for thread in self._threads:
             thread.join()
 
-    def map(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Job]]:
-        """Perform jobs; yields (position of the job, reply) as they come, in no particular order.
-
-        A job whose worker died is tried once more, alone, after all others: two large volumes at a time may be too
-        much for the memory where one is not. If its worker dies again the reply is {"died": how}.
-        """
-        waiting = list(jobs)
-        again = []
-        for position, reply in self._batch(list(enumerate(waiting))):
-            if "died" in reply:
-                again.append(position)
-            else:
-                yield position, reply
-        for position in sorted(again):
-            yield from self._batch([(position, waiting[position])])
-
-    def _batch(self, jobs: list[tuple[int, Job]]) -> Iterator[tuple[int, Job]]:
+    def batch(self, jobs: list[tuple[int, Job]]) -> Iterator[tuple[int, Job]]:
         for job in jobs:
             self._jobs.put(job)
         for _ in jobs:
@@ -131,12 +160,12 @@ class WorkerPool:
                 raise reply
             yield position, reply
 
-    def _run(self, worker: _Worker) -> None:
+    def _run(self, worker: Worker) -> None:
         try:
             while not self._closing and (item := self._jobs.get()) is not None:
                 position, job = item
                 try:
-                    self._replies.put((position, worker.perform(job)))
+                    self._replies.put((position, worker.perform(job, self._timeout_s)))
                 except Exception as error:  # handed to the thread that waits for the reply
                     self._replies.put((position, error))
         finally:

@@ -320,8 +320,9 @@ def test_target_below_a_file_is_an_error(tmp_path: Path, write: Callable, run: C
     write(tmp_path / "raw/a.nii.gz", 1)
     (tmp_path / "file").touch()
     for store in (tmp_path / "file", tmp_path / "file/store"):
-        with pytest.raises(UserError, match="cannot write to the store"):
-            run(tmp_path / "raw", store)
+        for shard in (None, "1/2"):
+            with pytest.raises(UserError, match="cannot write to the store"):
+                run(tmp_path / "raw", store, shard=shard)
 
 
 def _obey_permission_bits() -> None:
@@ -369,6 +370,12 @@ def test_nothing_to_prepare_is_an_error(tmp_path: Path, run: Callable) -> None:
         ({"dtype": "float64"}, "dtype is 'float64', expected float16 or float32"),
         ({"workers": 0}, "workers is 0"),
         ({"minimum_size_voxels": 0}, "minimum_size_voxels is 0"),
+        ({"order": 2}, "order is 2, expected 0, 1 or 3"),
+        ({"device": "tpu"}, "device is 'tpu', expected one of cpu, cuda"),
+        ({"timeout_s": 0.0}, "timeout_s is 0.0, a positive number"),
+        ({"memory_limit_gb": -1.0}, "memory_limit_gb is -1.0, a positive number"),
+        ({"shard": "0/4"}, "shard is '0/4', expected i/n with i from 1 to n: for example 1/8"),
+        ({"shard": "two"}, "shard is 'two', expected i/n"),
     ],
 )
 def test_wrong_setting_is_named(settings: dict, words: str, tmp_path: Path, run: Callable) -> None:

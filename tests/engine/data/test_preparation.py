@@ -43,6 +43,60 @@ def test_worker_that_dies_costs_its_file_and_nothing_else(
     assert run(tmp_path / "raw", tmp_path / "store").exit_code == 0, "the next run tries it again"
 
 
+def test_a_volume_that_takes_too_long_is_given_up_and_the_rest_goes_on(
+    tmp_path: Path, write: Callable, run: Callable, rejected: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, name in enumerate(("a", "slow", "z")):
+        write(tmp_path / f"raw/{name}.nii.gz", number)
+    program = (
+        "import time; from voxtrast.engine.data import workers, conversion\n"
+        "def perform(job):\n"
+        "    if job['task'] == 'convert' and job['id'] == 'slow': time.sleep(600)\n"
+        "    return conversion.perform(job)\n"
+        "workers.serve(perform)\n"
+    )
+    monkeypatch.setattr(workers, "PROGRAM", program)
+    summary = run(tmp_path / "raw", tmp_path / "store", timeout_s=2.0)
+    assert (summary.prepared, summary.rejected) == (2, 1)
+    line = rejected(tmp_path / "store")["slow.nii.gz"]
+    assert line["reason"] == "took longer than 2 s and was given up"
+    assert "larger timeout_s" in line["remedy"]
+
+
+def test_what_a_disk_may_forget_is_tried_again_and_bad_files_are_not(
+    tmp_path: Path, write: Callable, run: Callable, rejected: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"flaky": "EIO", "stale": "ESTALE", "denied": "EACCES", "broken": "EIO"}
+    for number, name in enumerate((*names, "good")):
+        write(tmp_path / f"raw/{name}.nii.gz", number)
+    program = (
+        "import errno, os; from voxtrast.engine.data import workers, conversion\n"
+        f"names, tries = {names!r}, {str(tmp_path / 'tries')!r}\n"
+        "read = conversion.read_volume\n"
+        "def fail(files, dicom):\n"
+        "    name = files[0].name.removesuffix('.nii.gz')\n"
+        "    with open(tries, 'a') as stream: stream.write(name + ' ')\n"
+        "    count = open(tries).read().split().count(name)\n"
+        "    if name in names and (count == 1 or name == 'broken'):\n"
+        "        number = getattr(errno, names[name])\n"
+        "        raise OSError(number, os.strerror(number))\n"
+        "    return read(files, dicom)\n"
+        "conversion.read_volume = fail\n"
+        "workers.serve(conversion.perform)\n"
+    )
+    monkeypatch.setattr(workers, "PROGRAM", program)
+    summary = run(tmp_path / "raw", tmp_path / "store")
+    assert (summary.prepared, summary.rejected) == (3, 2)
+    assert {file: line["reason"] for file, line in rejected(tmp_path / "store").items()} == {
+        "broken.nii.gz": "cannot be read: Input/output error",
+        "denied.nii.gz": "cannot be read: Permission denied",
+    }
+    tries = (tmp_path / "tries").read_text().split()
+    assert {name: tries.count(name) for name in (*names, "good")} == {
+        "flaky": 2, "stale": 2, "denied": 1, "broken": 2, "good": 1,
+    }  # fmt: skip
+
+
 def test_workers_that_cannot_start_are_reported_and_not_blamed_on_files(
     tmp_path: Path, write: Callable, run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -298,6 +298,7 @@ def test_settings_are_written_for_the_reader(tmp_path: Path, write: Callable, ru
         "modality": "mr",
         "dtype": "float16",
         "minimum_size_voxels": 16,
+        "order": 3,
         "ct_window_hu": [-1000.0, 1000.0],
         "mr_percentiles": [0.5, 99.5],
     }

@@ -1,6 +1,7 @@
 """What a store promises its readers: the right array, read-only, and no word of trust where a file changed."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pytest
 
+from voxtrast.engine.data.prepare import check
 from voxtrast.engine.data.store import Case, Store
 from voxtrast.engine.errors import UserError
 
@@ -141,3 +143,30 @@ def test_store_of_a_later_format_is_refused(store: Path) -> None:
     (store / "store.json").write_text(json.dumps({**settings, "format": 2}))
     with pytest.raises(UserError, match="has format 2, this version reads 1"):
         Store(store)
+
+
+def test_check_names_every_file_that_is_not_as_the_index_says(tmp_path: Path, write: Callable, run: Callable) -> None:
+    for number in range(5):
+        write(tmp_path / f"raw/{number}.nii.gz", number)
+    write(tmp_path / "raw/4_label.nii.gz", np.ones((20, 22, 24), np.uint8))
+    run(tmp_path / "raw", tmp_path / "store")
+    assert check(tmp_path / "store", progress=False) == []
+    volumes = tmp_path / "store/volumes"
+    (volumes / "0.npy").unlink()
+    with open(volumes / "1.npy", "r+b") as stream:  # one bit
+        stream.seek(-1, 2)
+        last = stream.read(1)[0]
+        stream.seek(-1, 2)
+        stream.write(bytes([last ^ 1]))
+    with open(volumes / "2.npy", "r+b") as stream:
+        stream.truncate(1000)
+    np.save(tmp_path / "store/labels/4.npy", np.ones((3, 3, 3), np.uint8))
+    problems = check(tmp_path / "store", progress=False)
+    expected = [r"0.npy is missing", r"1.npy changed since .* \(sha256 \w{12}, index \w{12}\)", r"2.npy has 1000 bytes"]
+    for line, words in zip(problems, [*expected, r"labels/4.npy holds uint8 \(3, 3, 3\)"], strict=True):
+        assert re.search(words, line)
+        assert "run the same `voxtrast prepare` again" in line
+    for name in ("volumes/1.npy", "volumes/2.npy", "labels/4.npy"):
+        (tmp_path / "store" / name).unlink()
+    run(tmp_path / "raw", tmp_path / "store")
+    assert check(tmp_path / "store", progress=False) == [], "the remedy helps"

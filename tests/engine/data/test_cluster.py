@@ -1,0 +1,179 @@
+"""On a Dask cluster: the same store, whatever happens to its workers; and what is missing there is said at once."""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from voxtrast.engine.data import cluster
+from voxtrast.engine.data.store import Store
+from voxtrast.engine.errors import UserError
+
+distributed = pytest.importorskip("distributed", reason="the extra dask is not installed")
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A scheduler with two workers, all in this process; the jobs run in processes of their own."""
+    options = {"n_workers": 2, "threads_per_worker": 1, "processes": False, "dashboard_address": ":0"}
+    with distributed.LocalCluster(**options, host="127.0.0.1", protocol="tcp") as running:
+        yield running.scheduler_address
+
+
+def test_a_cluster_makes_the_store_of_the_local_pool(
+    address: str, tmp_path: Path, write: Callable, run: Callable, contents: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(4):
+        write(tmp_path / f"raw/images/{number}.nii.gz", number)
+    write(tmp_path / "raw/labels/1.nii.gz", np.ones((20, 22, 24), np.uint8))
+    (tmp_path / "raw/images/bad.nii.gz").touch()
+    run(tmp_path / "raw", tmp_path / "local")
+    monkeypatch.chdir(tmp_path)  # relative paths are those of this process
+    summary = run("raw", "store", scheduler=address)
+    assert (summary.prepared, summary.rejected) == (4, 1)
+    assert contents(tmp_path / "store") == contents(tmp_path / "local")
+    assert run("raw", "store", scheduler=address).unchanged == 4
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_what_a_worker_lacks_is_said_before_anything_is_done(
+    address: str, tmp_path: Path, write: Callable, run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "raw/a.nii.gz", 1)
+    monkeypatch.setattr(Path, "write_text", lambda self, text: None)  # the token does not reach the workers
+    with pytest.raises(UserError, match=r"Dask worker tcp://\S+: it does not see the store .*/store: put the store on"):
+        run(tmp_path / "raw", tmp_path / "store", scheduler=address)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(UserError, match=r"Dask worker tcp://\S+: device is 'cuda', and cupy cannot be imported"):
+        run(tmp_path / "raw", tmp_path / "store", scheduler=address, device="cuda")
+
+
+def test_a_worker_names_what_it_lacks(tmp_path: Path) -> None:
+    token = tmp_path / "store/.token-1.tmp"
+    token.parent.mkdir()
+    assert "it has voxtrast" in cluster.missing_here("0.0.7", str(token), str(tmp_path), "cpu")
+    own = cluster.version("voxtrast")
+    assert "does not see the store" in cluster.missing_here(own, str(token), str(tmp_path), "cpu")
+    token.write_text("of another store")
+    assert "does not see the store" in cluster.missing_here(own, str(token), str(tmp_path), "cpu")
+    token.write_text(token.name)
+    assert "does not see" in cluster.missing_here(own, str(token), str(tmp_path / "raw"), "cpu")
+    assert cluster.missing_here(own, str(token), str(tmp_path), "cpu") == ""
+    job = {"task": "digest", "source": "a", "files": [str(tmp_path / "a.nii")], "label": None}
+    reply = cluster.perform_there(job, None, (own, str(tmp_path / "gone/.token.tmp"), str(tmp_path), "cpu"))
+    assert "does not see the store" in reply["missing"]
+
+
+def test_no_scheduler_and_no_worker_are_errors(
+    tmp_path: Path, write: Callable, run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "raw/a.nii.gz", 1)
+    monkeypatch.setattr(cluster, "CONNECT_S", 0.5)
+    with pytest.raises(UserError, match=r"no Dask scheduler answers at tcp://127.0.0.1:9 .*: give the address"):
+        run(tmp_path / "raw", tmp_path / "store", scheduler="tcp://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"no Dask scheduler answers at nonsense://x"):
+        run(tmp_path / "raw", tmp_path / "store", scheduler="nonsense://x")
+    options = {"n_workers": 0, "processes": False, "dashboard_address": ":0", "host": "127.0.0.1", "protocol": "tcp"}
+    with (
+        distributed.LocalCluster(**options) as empty,
+        pytest.raises(UserError, match="has no workers: start some with `dask worker tcp"),
+    ):
+        run(tmp_path / "raw", tmp_path / "store", scheduler=empty.scheduler_address)
+
+
+def test_without_distributed_the_extra_is_named(
+    tmp_path: Path, write: Callable, run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "raw/a.nii.gz", 1)
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(UserError, match=r"distributed is not installed: install voxtrast\[dask\]"):
+        run(tmp_path / "raw", tmp_path / "store", scheduler="tcp://127.0.0.1:9")
+
+
+class Task:
+    """As Dask's future of a job whose worker is lost with the reply: it was done, is lost, and is done again."""
+
+    def __init__(self) -> None:
+        self.states = iter(("lost", "finished"))
+
+    def add_done_callback(self, call: Callable) -> None:
+        self.status = next(self.states)
+        call(self)
+
+    def result(self) -> dict:
+        assert self.status == "finished"
+        return {"done": 1}
+
+
+def test_a_reply_lost_with_its_worker_is_waited_for_again(tmp_path: Path) -> None:
+    pool = cluster.ClusterPool("tcp://nowhere:1", tmp_path, tmp_path, "cpu", None)
+    pool._client = SimpleNamespace(submit=lambda *call, **options: Task())
+    assert list(pool.map([{"task": "digest"}, {"task": "digest"}])) == [(0, {"done": 1}), (1, {"done": 1})]
+
+
+@pytest.mark.slow
+def test_a_dask_worker_killed_in_the_middle_costs_nothing(
+    tmp_path: Path,
+    write: Callable,
+    run: Callable,
+    contents: Callable,
+    values: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for number in range(12):
+        write(tmp_path / f"raw/{number:02d}.nii.gz", values(number, (90, 90, 90)), (0.9, 0.9, 0.9))
+    run(tmp_path / "raw", tmp_path / "local", workers=2)
+    store, killed = tmp_path / "store", []
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as running:
+
+        def kill() -> None:
+            journal = store / "journal.jsonl"
+            while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2):
+                time.sleep(0.01)
+            killed.append(running.workers[0].pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        monkeypatch.chdir(tmp_path)  # the workers stay where they are
+        summary = run("raw", "store", scheduler=running.scheduler_address)
+        thread.join()
+    assert len(killed) == 1
+    assert (summary.prepared, summary.exit_code) == (12, 0)
+    assert contents(store) == contents(tmp_path / "local")
+
+
+@pytest.mark.slow
+def test_real_volumes_are_the_same_by_pool_by_cluster_and_by_shards(
+    real_volumes: Path, tmp_path: Path, run: Callable, contents: Callable
+) -> None:
+    """All of them; a worker of the cluster is killed on the way."""
+    from voxtrast.engine.data.prepare import merge
+
+    raw, settings = tmp_path / "raw", {"minimum_size_voxels": 8, "workers": 2}
+    raw.mkdir()
+    for folder in real_volumes.iterdir():
+        if folder.is_dir():
+            (raw / folder.name).symlink_to(folder.resolve())
+    whole = run(raw, tmp_path / "pool", **settings)
+    assert whole.prepared > 200
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as running:
+        victim = running.workers[1].pid
+        threading.Timer(8.0, lambda: os.kill(victim, signal.SIGKILL)).start()
+        run(raw, tmp_path / "cluster", **settings, scheduler=running.scheduler_address)
+    for number in (1, 2):
+        run(raw, tmp_path / "shards", **settings, shard=f"{number}/2")
+    merge(tmp_path / "shards", progress=False)
+    assert contents(tmp_path / "cluster") == contents(tmp_path / "pool")
+    assert contents(tmp_path / "shards") == contents(tmp_path / "pool")
+    Store(tmp_path / "shards").verify(contents=True)
+    shutil.rmtree(tmp_path)
