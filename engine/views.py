@@ -89,10 +89,8 @@ def samples(
     ) as views:
         taken = itertools.islice(views, -(-slots // batch))
         for number, (values,) in enumerate(taken):
-            names = {case.id: index for index, case in enumerate(views.planner.cases)}
-            without = [names[name] for name in views.unreadable]
             for slot in range(min(batch, slots - number * batch)):
-                plan = views.planner.plan(step + number, slot, split, without=without)
+                plan = views.plan(step + number, slot)
                 sample = {key: value[slot] for key, value in values.items() if isinstance(value, Tensor)}
                 found.append((plan, values["case"][slot], sample))
     return found

@@ -113,10 +113,13 @@ Starts allowed_starts(const BoxSpec& box, int axis, int64_t volume, int64_t side
           std::clamp(around.upper[axis] - 1 + box.margin, range.low, range.high)};
 }
 
-// One of the places, or null where the box is not to be drawn around any. Nobody draws for a probability of 0.
-const Index3* drawn_place(const Foreground& foreground, Draws& draws) {
-  if (foreground.probability <= 0.0 || !draws.happens(foreground.probability)) return nullptr;
-  return &foreground.places[static_cast<size_t>(draws.integer(0, static_cast<int64_t>(foreground.places.size()) - 1))];
+// For a box in the crop's slice: around one of the slice's own places where the crop was drawn around one.
+const Index3* draw_place_of_slice(const Foreground& foreground, Draws& draws) {
+  if (!foreground.of_crop) return nullptr;
+  std::vector<const Index3*> in_slice;
+  for (const Index3& place : foreground.places)
+    if (place[0] == (*foreground.of_crop)[0]) in_slice.push_back(&place);
+  return in_slice[static_cast<size_t>(draws.integer(0, static_cast<int64_t>(in_slice.size()) - 1))];
 }
 
 Starts around(int64_t place, const Starts& range, int64_t side) {
@@ -153,8 +156,13 @@ std::string unusable_overlap(const ViewSpec& spec, int view, const Index3& volum
 
 }  // namespace
 
+const Index3* draw_place(const Foreground& foreground, Draws& draws) {
+  if (foreground.probability <= 0.0 || !draws.happens(foreground.probability)) return nullptr;
+  return &foreground.places[static_cast<size_t>(draws.integer(0, static_cast<int64_t>(foreground.places.size()) - 1))];
+}
+
 Box draw_crop(const Index3& volume, const Index3& sides, const Foreground& foreground, Draws& draws) {
-  const Index3* place = drawn_place(foreground, draws);
+  const Index3* place = foreground.of_crop;
   Index3 lower{};
   for (int axis = 0; axis < 3; ++axis) {
     Starts range = starts(volume[axis], sides[axis]);
@@ -211,7 +219,8 @@ Box draw_box(const ViewSpec& spec, int view, const Index3& full, const Box& crop
       sides = usable[static_cast<size_t>(draws.integer(0, static_cast<int64_t>(usable.size()) - 1))];
     }
     const bool anywhere = box->inside < 0 && box->near.empty();
-    const Index3* place = anywhere ? drawn_place(foreground, draws) : nullptr;
+    const Index3* place = nullptr;
+    if (anywhere) place = spec.flat ? draw_place_of_slice(foreground, draws) : draw_place(foreground, draws);
     Index3 lower{};
     for (int axis = 0; axis < 3; ++axis) {
       Starts range = allowed_starts(*box, axis, volume[axis], sides[axis], boxes);

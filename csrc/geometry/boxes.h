@@ -20,12 +20,16 @@ inline Starts starts(int64_t volume, int64_t side) {
   return side > volume ? Starts{-((side - volume) / 2), -((side - volume) / 2)} : Starts{0, volume - side};
 }
 
-// Voxels of a volume that show something, and how many boxes of those that are free to lie anywhere are drawn around
-// one of them: it lies in the middle half of the box along every axis, as far as the box stays in the volume.
+// Voxels of a volume that show something, and the share of the boxes free to lie anywhere that are drawn around one of
+// them: it lies in the middle half of the box along every axis, as far as the box stays in the volume.
 struct Foreground {
   const std::vector<Index3>& places;
   double probability;
+  const Index3* of_crop = nullptr;  // the one that the slot's crop is drawn around, if any
 };
+
+// One of the places, or null where a box is not to be drawn around any. Nothing is drawn for a probability of 0.
+const Index3* draw_place(const Foreground& foreground, Draws& draws);
 
 Box draw_crop(const Index3& volume, const Index3& sides, const Foreground& foreground, Draws& draws);
 

@@ -113,10 +113,11 @@ Plan Planner::plan_of(int64_t case_index, uint32_t step, uint32_t slot, const st
   plan.split = split;
   plan.case_index = case_index;
   const CaseRow& row = cases_.at(static_cast<size_t>(case_index));
-  const Foreground foreground{row.foreground, options_.foreground};
+  Foreground foreground{row.foreground, options_.foreground};
   plan.volume = row.shape;
   plan.background = static_cast<float>(row.intensity.background);
   Draws crop = place.draws("crop");
+  foreground.of_crop = draw_place(foreground, crop);
   plan.crop = draw_crop(row.shape, spec_.crop, foreground, crop);
   if (spec_.flat && row.shape[0] > 1)
     plan.position = static_cast<double>(plan.crop.lower[0]) / static_cast<double>(row.shape[0] - 1);

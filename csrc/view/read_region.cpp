@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -97,11 +98,17 @@ void convert_row(StoredType stored, const char* from, int64_t count, VoxelType t
   }
 }
 
+// Rounded to the nearest, ties to even. By hand: not every compiler and processor has _Float16 in C++.
 uint16_t as_float16(float value) {
-  const _Float16 half = static_cast<_Float16>(value);
-  uint16_t bits;
-  std::memcpy(&bits, &half, sizeof bits);
-  return bits;
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
+  if (size > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (size >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // from 65520 on
+  if (size < 0x38800000u)  // below 2^-14: a whole number of 2^-24
+    return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyint(std::fabs(value) * 16777216.0f)));
+  const uint32_t rounded = size + 0xfffu + (size >> 13 & 1u) - 0x38000000u;
+  return static_cast<uint16_t>(sign | rounded >> 13);
 }
 
 void fill(VoxelType type, float background, int64_t count, char* to) {

@@ -1,6 +1,5 @@
 """What a worker process does with one source: digests, series of a folder, conversion. Jobs and replies are JSON."""
 
-import errno
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,6 @@ from .headers import check_regular, detached_files
 from .memory import check_memory
 from .reading import Volume, read_label, read_volume
 from .rejection import RejectedError
-
-# What a network disk says when it is away for a moment. A file that is damaged or forbidden says something else.
-TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENETDOWN, errno.ENETUNREACH,
-             errno.ENETRESET, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH,
-             errno.ENOTCONN, errno.EREMOTEIO, errno.ENOMEM}  # fmt: skip
 
 
 def perform(job: dict[str, Any]) -> dict[str, Any]:
@@ -38,7 +32,7 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
         return _rejected("needs more memory than there is", "use fewer workers, or a machine with more memory", error)
     except OSError as error:
         reply = _rejected(f"cannot be read: {error.strerror or error}", "make the file readable and run again", error)
-        return {**reply, "transient": error.errno in TRANSIENT}
+        return {**reply, "transient": error.errno in store.TRANSIENT}
     except Exception as error:  # one strange file must not stop the others
         reason = f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return _rejected(reason, "report it with the file, or remove the file", error)

@@ -8,6 +8,7 @@ Environment: CXX chooses the compiler; VOXTRAST_CACHE the cache folder, which is
 ~/.cache/voxtrast otherwise.
 """
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -15,11 +16,13 @@ import importlib.machinery
 import importlib.util
 import os
 import platform
+import secrets
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +32,7 @@ from types import ModuleType
 
 from ..errors import UserError
 
+LEFTOVER_S = 3600.0
 SOURCES = Path(__file__).parents[2] / "csrc"  # of a checkout and of an installed wheel alike
 # Nobody reads floating-point flags or errno: without them selections become vector code, with the same values.
 FLAGS = ("-O3", "-g0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno")
@@ -81,8 +85,14 @@ def load_module(
     loader = importlib.machinery.ExtensionFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
+    try:
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{path}: Python does not load it ({error}); delete that folder and start again, or set VOXTRAST_CACHE to "
+            "a folder of this machine from which programs may run"
+        ) from None
     sys.modules[name] = module
     return module
 
@@ -140,7 +150,7 @@ def load_plugin() -> None:
     except RuntimeError as error:
         raise UserError(
             f"{path}: DALI {library.versions[0]} does not load it ({error}); delete that folder and start again, "
-            "and if it comes back install nvidia-dali-cuda130 again"
+            "and if it comes back install NVIDIA DALI again"
         ) from None
 
 
@@ -206,7 +216,7 @@ def _files(library: Library, root: Path) -> list[Path]:
 
 def _key(library: Library, root: Path) -> str:
     headers = sorted(path for suffix in ("h", "inl", "cuh") for path in root.rglob(f"*.{suffix}"))
-    digest = hashlib.sha256(platform.machine().encode())
+    digest = hashlib.sha256(repr((platform.machine(), platform.libc_ver())).encode())
     command = compiler()
     for word in (*command, _compiler_version(tuple(command)), *FLAGS, repr(library)):
         digest.update(word.encode() + b"\0")
@@ -218,14 +228,18 @@ def _key(library: Library, root: Path) -> str:
 
 @contextmanager
 def _locked(cache: Path, name: str) -> Iterator[None]:
-    """Alone among all processes that use the cache; the lock of one that is killed falls with it."""
+    """Alone among all processes that use the cache; the lock of one that is killed falls with it.
+
+    On a disk without locks several processes may compile the same: that costs time, and the first result counts.
+    """
     try:
         cache.mkdir(parents=True, exist_ok=True)
         stream = open(cache / f"{name}.lock", "w")  # noqa: SIM115
     except OSError as error:
         raise _unwritable(cache, error) from None
     with stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
@@ -238,10 +252,10 @@ def _unwritable(cache: Path, error: OSError) -> UserError:
 
 def _compile(library: Library, root: Path, result: Path) -> None:
     """Compile beside the place of the result and rename the folder: it is there complete, or not at all."""
-    folder = result.parent.with_name(f"{result.parent.name}.building")
-    log = folder.with_suffix(".log")
+    log = result.parent.with_name(f"{result.parent.name}.log")
+    folder = result.parent.with_name(f"{result.parent.name}.{secrets.token_hex(4)}.building")
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
+        _remove_leftovers(result.parent.parent)
         folder.mkdir()
         objects = [folder / f"{number}.o" for number in range(len(_files(library, root)))]
         common = [*compiler(), *FLAGS, *library.flags, *(f"-I{path}" for path in (root, *library.includes))]
@@ -259,12 +273,24 @@ def _compile(library: Library, root: Path, result: Path) -> None:
             raise _failure(library, [output for code, output in outputs if code], log)
         for path in objects:
             path.unlink()
-        folder.rename(result.parent)
+        try:
+            folder.rename(result.parent)
+        except OSError:
+            if not result.is_file():  # as another process left it that compiled the same
+                raise
         log.unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(result.parent.parent, error) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """What builds left that were killed; the young ones may be at work."""
+    for folder in cache.glob("*.building"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > LEFTOVER_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(command: list[str]) -> tuple[int, str]:

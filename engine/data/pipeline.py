@@ -5,9 +5,12 @@ the region and make the views (`graph.py`). A batch is a function of (seed, spli
 of processor, whatever the ranks, threads and restarts.
 """
 
+import errno
 import functools
 import os
 import re
+import resource
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,11 +31,16 @@ from .left_out import LeftOut
 from .native import STORED_TYPES
 from .planner import Plan, Planner
 from .sampling import Sampling, data_sets
-from .store import VOLUMES, Case, Store, open_array
+from .store import TRANSIENT, VOLUMES, Case, Store, StoreReadError, open_array
 from .user_functions import draw_numbers, functions_of
 
 Batch = dict[str, Any]  # tensors by name, and the case ids under "case"
-_CASE = re.compile(r"\[case (\d+)\] ")  # how voxtrast_read says whose file it is
+# How voxtrast_read says whose file it is, and who looked at it.
+_CASE = re.compile(r"\[case (\d+), step (\d+), slot (\d+)\] ")
+# A fault of the machine's that other volumes would meet as well, and what may pass: a disk far away.
+EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+OTHER_FILES = 512  # of Python, torch, DALI, the log
+PAUSES_S = (1.0, 4.0)  # before trying again
 
 
 class OpenVolume:
@@ -47,6 +55,32 @@ class OpenVolume:
             self.descriptor = os.dup(stream.fileno())
         weakref.finalize(self, os.close, self.descriptor)
         self.description = np.array([self.descriptor, offset, STORED_TYPES.index(case.dtype)], np.int64)
+
+
+class OpenVolumes:
+    """Opens each volume once for all slots that look at it at the same time."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._open: weakref.WeakValueDictionary[str, OpenVolume] = weakref.WeakValueDictionary()
+
+    def open(self, case: Case) -> OpenVolume:
+        """Any thread may ask. Tries again where a disk far away did not answer.
+
+        Raises: UserError as OpenVolume does.
+        """
+        found = self._open.get(case.id)
+        if found is not None:
+            return found
+        for pause in (*PAUSES_S, None):
+            try:
+                found = self._open[case.id] = OpenVolume(self._store, case)
+                return found
+            except StoreReadError as error:
+                if pause is None or error.number not in TRANSIENT:
+                    raise
+                time.sleep(pause)
+        raise AssertionError("the last try returns or raises")
 
 
 @dataclass(frozen=True)
@@ -142,7 +176,7 @@ class ViewPipeline:
         self._left_out = LeftOut(self.planner.cases, on_error, unreadable)
         self.spec = spec
         self.split = split
-        self._store = store
+        self._volumes = OpenVolumes(store)
         self._device_id = device_id
         self._micro = global_batch // (world_size * accumulation)
         self._accumulation = accumulation
@@ -161,6 +195,7 @@ class ViewPipeline:
             device_id=device_id,
             prefetch=prefetch,
         )
+        _allow_open_files(len(self._slots) * (prefetch + 4))  # sent, being planned and about to be given back
         self._step = start_step  # the next one to hand out
         self._start()
 
@@ -183,6 +218,10 @@ class ViewPipeline:
     def unreadable(self) -> dict[str, str]:
         """Why volumes were left out in the course of the run, by case id."""
         return self._left_out.reasons
+
+    def plan(self, step: int, slot: int) -> Plan:
+        """The plan of a slot as its views were made, or will be but for volumes that turn out unreadable."""
+        return self.planner.plan(step, slot, self.split, without=self._left_out.of_slot(step, slot))
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
@@ -210,10 +249,10 @@ class ViewPipeline:
             if own:
                 raise error
             case = _CASE.search(said)
-            wrong = UserError(f"{_own_words(said)}; check the store with `voxtrast prepare --check STORE`")
             if case is None:
-                raise wrong from error
-            self._left_out.add(int(case[1]), wrong)
+                raise UserError(f"{_own_words(said)}; change the views, or report it with their settings") from error
+            wrong = UserError(f"{_own_words(said)}; check the store with `voxtrast prepare --check STORE`")
+            self._left_out.add(int(case[1]), wrong, slot=(int(case[2]), int(case[3])))
         except Exception:
             self.close()  # a step is missing now: nobody may go on as if it were not
             raise
@@ -246,7 +285,7 @@ class ViewPipeline:
         """One step for DALI; called in the thread that iterates, one by one."""
         while len(self._ahead) < 2:  # this step, and the one that the readers turn to meanwhile
             # Not self: readers must not keep it alive.
-            job = (self._store, self.planner, self._left_out, self.split, self._next_step)
+            job = (self._volumes, self.planner, self._left_out, self.split, self._next_step)
             self._ahead.append([self._readers.submit(_prepare_slot, *job, slot) for slot in self._slots])
             self._next_step += 1
         return [future.result() for future in self._ahead.popleft()]
@@ -292,16 +331,32 @@ def _weak_source(owner: ViewPipeline, sent: deque[list[Slot]]) -> Source:
     return source
 
 
-def _prepare_slot(store: Store, planner: Planner, left_out: LeftOut, split: str, step: int, slot: int) -> Slot:
+def _prepare_slot(volumes: OpenVolumes, planner: Planner, left_out: LeftOut, split: str, step: int, slot: int) -> Slot:
     while True:
-        plan = planner.plan(step, slot, split, without=left_out.indices)
+        plan = planner.plan(step, slot, split, without=left_out.of_slot(step, slot))
         try:
-            volume = OpenVolume(store, planner.cases[plan.case_index])
+            volume = volumes.open(planner.cases[plan.case_index])
         except UserError as error:
+            if isinstance(error, StoreReadError) and error.number in EXHAUSTED:
+                raise
             left_out.add(plan.case_index, error)
             continue
         numbers = draw_numbers(functools.partial(planner.generator, split, step, slot), planner.spec)
         return Slot(plan, volume, np.frombuffer(plan.to_bytes(), np.uint8), numbers)
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises this process' limit of open files as far as need be, and UserError where it may not be raised so far."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"{count} volumes may be open at once, and this process may open {hard} files (ulimit -Hn); lower "
+            "loader.prefetch or the samples of a step on each rank, or raise the limit"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def field_affine(plan: Plan, name: str, dimensions: int) -> NDArray[np.float64]:

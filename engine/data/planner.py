@@ -205,8 +205,8 @@ class Planner:
     def plan(self, step: int, slot: int, split: str = "train", *, without: Collection[int] = ()) -> Plan:
         """Any thread may ask, in any order, and others run meanwhile.
 
-        `without`: cases that cannot be read. A slot that was dealt one of them takes another of the same data set:
-        the first that is not among them in an order keyed by (seed, split, step, slot), whatever came to light when.
+        `without`: cases that this slot cannot read. Dealt one of them it takes another of the same data set: the first
+        that is not among them in an order keyed by (seed, split, step, slot), whatever came to light when.
 
         Raises: UserError where no case is left.
         """
@@ -234,12 +234,6 @@ class Planner:
         key = np.array([self.seed, _word(split)], np.uint64)
         counter = np.array([0, _word(purpose), slot, step], np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=counter))
-
-    @property
-    def visits_in_a_block(self) -> list[int]:
-        """Of each data set, in the order of their names: in every run of as many visits as their sum."""
-        visits: list[int] = self._native.visits_in_a_block
-        return visits
 
 
 def _plannable(cases: Sequence[Case], spec: ViewSpec, declared: Any) -> tuple[list[Case], list[tuple[Case, str]]]:

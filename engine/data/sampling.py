@@ -23,11 +23,13 @@ def of_validation(sampling: Sampling) -> Sampling:
 def data_sets(cases: Sequence[Case], weights: Mapping[str, float]) -> dict[str, str]:
     """Case id -> the folder among those of `weights` that its source lies in; the longest, where one holds another.
 
+    "." is RAW itself, for what lies in no other.
+
     Raises: UserError naming a case that lies in none of them.
     """
     if not weights:
         return {}
-    folders = sorted((folder.strip("/") + "/", folder) for folder in weights)
+    folders = sorted(("" if folder == "." else folder.strip("/") + "/", folder) for folder in weights)
     found: dict[str, str] = {}
     for case in cases:
         inside = [name for prefix, name in folders if case.source.lstrip("/").startswith(prefix)]

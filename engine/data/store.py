@@ -34,6 +34,20 @@ VOLUMES, LABELS = "volumes", "labels"
 REDO = "delete that file and run the same `voxtrast prepare` again"
 
 
+# What a network disk says when it is away for a moment. A file that is damaged or forbidden says something else.
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENETDOWN, errno.ENETUNREACH,
+             errno.ENETRESET, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+             errno.ENOTCONN, errno.EREMOTEIO, errno.ENOMEM}  # fmt: skip
+
+
+class StoreReadError(UserError):
+    """The system refused to read a file of the store; `number` as in errno."""
+
+    def __init__(self, file: Path, error: OSError) -> None:
+        super().__init__(f"{file} cannot be read ({error.strerror or error}): see to the disk and its permissions")
+        self.number = error.errno or 0
+
+
 @dataclass(frozen=True)
 class Case:
     """One volume of the store.
@@ -171,7 +185,7 @@ def check_file(file: Path, shape: tuple[int, ...], dtype: str, sha256: str | Non
     try:
         found = sha256 and file_sha256(file)
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror or error}): {REDO}") from None
+        raise StoreReadError(file, error) from None
     if found != sha256:
         short = f"sha256 {str(found)[:12]}, index {str(sha256)[:12]}"
         raise UserError(f"{file} changed since the index was written ({short}): {REDO}")
@@ -197,7 +211,9 @@ def open_array(file: Path, shape: tuple[int, ...], dtype: str) -> Iterator[Binar
         raise
     except FileNotFoundError:
         raise UserError(f"{file} is missing though the index lists it: run the same `voxtrast prepare` again") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise StoreReadError(file, error) from None
+    except ValueError as error:
         raise UserError(f"{file} cannot be read ({error}): {REDO}") from None
 
 

@@ -25,7 +25,10 @@ RESERVED_NAMES = ("displacement", "mask", "affine", "case", "origin", "position"
 FOLDS_BEYOND = {2: 2.046, 3: 2.479}
 STEPS = tuple(item.name for item in fields(AppearanceRanges) if item.name not in ("order", "functions", "same_choice"))
 
-Bounds = tuple[str, Sequence[float], float, float]  # what, its values in rising order, smallest, largest
+# What, its values in rising order, smallest, largest, whether there must be two.
+Bounds = tuple[str, Sequence[float], float, float, bool]
+FARTHEST_VOXELS = 2.0**28  # places in a volume are told apart in 32 bits
+WIDEST_BLUR_VOXELS = 1000.0
 
 
 def check_spec(spec: ViewSpec) -> None:
@@ -62,6 +65,8 @@ def _check_view(name: str, view: View, spec: ViewSpec) -> None:
     size = list(spec.crop if view.size is None else view.size)
     if len(size) != axes or min(size) < 1:
         raise UserError(f"view {name!r}: size {size}: expected {axes} numbers of at least 1")
+    if math.prod(size) >= 2**31:
+        raise UserError(f"view {name!r}: size {size}: a view has less than 2^31 voxels; take a smaller one")
     ranges: list[Bounds] = []
     if view.box is not None:
         _check_box(name, view.box, spec)
@@ -70,7 +75,7 @@ def _check_view(name: str, view: View, spec: ViewSpec) -> None:
         ranges += _affine_ranges(view.affine)
     if view.elastic is not None:
         ranges += _elastic_ranges(view.elastic, axes)
-    ranges += [(f"flips[{axis}]", (chance,), 0.0, 1.0) for axis, chance in enumerate(view.flips)]
+    ranges += [_one(f"flips[{axis}]", chance, 0.0, 1.0) for axis, chance in enumerate(view.flips)]
     if len(view.flips) not in (0, axes):
         raise UserError(f"view {name!r}: flips {list(view.flips)}: expected {axes} probabilities, or none")
     if view.quarter_turns and size[-1] != size[-2]:
@@ -78,28 +83,34 @@ def _check_view(name: str, view: View, spec: ViewSpec) -> None:
     if view.appearance is not None:
         _check_order(name, view.appearance)
         ranges += _appearance_ranges(name, view.appearance, axes)
-    for what, values, smallest, largest in ranges:
-        _check_bounds(name, what, values, smallest, largest)
+    for bounds in ranges:
+        _check_bounds(name, *bounds)
     _check_displacement(name, view, spec)
 
 
-def _check_bounds(name: str, what: str, values: Sequence[float], smallest: float, largest: float) -> None:
+def _check_bounds(
+    name: str, what: str, values: Sequence[float], smallest: float, largest: float, is_pair: bool
+) -> None:
+    if is_pair and len(values) != 2:
+        raise UserError(f"view {name!r}: {what} is {list(values)}; expected two numbers, low <= high")
     finite = all(math.isfinite(value) for value in values)
     if finite and smallest <= values[0] <= values[-1] <= largest:
         return
-    expected = f"low <= high in [{smallest:g}, {largest:g}]" if len(values) > 1 else f"[{smallest:g}, {largest:g}]"
-    found = list(values) if len(values) > 1 else values[0]
+    expected = f"low <= high in [{smallest:g}, {largest:g}]" if is_pair else f"[{smallest:g}, {largest:g}]"
+    found = list(values) if is_pair else values[0]
     raise UserError(f"view {name!r}: {what} is {found}; expected {expected}, and finite")
 
 
 def _pair(what: str, values: Sequence[float], smallest: float, largest: float) -> Bounds:
-    if len(values) != 2:
-        raise UserError(f"{what} is {list(values)}; expected two numbers, low <= high")
-    return what, values, smallest, largest
+    return what, values, smallest, largest, True
+
+
+def _one(what: str, value: float, smallest: float, largest: float) -> Bounds:
+    return what, (value,), smallest, largest, False
 
 
 def _box_ranges(box: BoxRanges) -> list[Bounds]:
-    found = [_pair("box.iou", box.iou, 0.0, 1.0), ("box.margin_voxels", (box.margin_voxels,), 0.0, math.inf)]
+    found = [_pair("box.iou", box.iou, 0.0, 1.0), _one("box.margin_voxels", box.margin_voxels, 0.0, FARTHEST_VOXELS)]
     if box.scale is not None:
         found.append(_pair("box.scale", box.scale, 1e-6, 1.0))
     if box.aspect is not None:
@@ -148,18 +159,18 @@ def _check_partner(here: str, box: BoxRanges, spec: ViewSpec) -> None:
 def _affine_ranges(affine: AffineRanges) -> list[Bounds]:
     return [
         _pair("affine.scale", affine.scale, 1e-3, 1e3),
-        ("affine.rotation_degrees", (affine.rotation_degrees,), 0.0, math.inf),
-        ("affine.shear_degrees", (affine.shear_degrees,), 0.0, 89.0),
-        ("affine.translation_voxels", (affine.translation_voxels,), 0.0, math.inf),
-        ("affine.probability", (affine.probability,), 0.0, 1.0),
+        _one("affine.rotation_degrees", affine.rotation_degrees, 0.0, math.inf),
+        _one("affine.shear_degrees", affine.shear_degrees, 0.0, 89.0),
+        _one("affine.translation_voxels", affine.translation_voxels, 0.0, FARTHEST_VOXELS),
+        _one("affine.probability", affine.probability, 0.0, 1.0),
     ]
 
 
 def _elastic_ranges(elastic: ElasticRanges, axes: int) -> list[Bounds]:
     return [
-        ("elastic.spacing_voxels", (elastic.spacing_voxels,), 1.0, math.inf),
+        _one("elastic.spacing_voxels", elastic.spacing_voxels, 1.0, 2.0**20),
         _pair("elastic.magnitude_voxels", elastic.magnitude_voxels, 0.0, elastic.spacing_voxels / FOLDS_BEYOND[axes]),
-        ("elastic.probability", (elastic.probability,), 0.0, 1.0),
+        _one("elastic.probability", elastic.probability, 0.0, 1.0),
     ]
 
 
@@ -170,6 +181,9 @@ def _check_order(name: str, appearance: AppearanceRanges) -> None:
             raise UserError(f"view {name!r}: appearance.order names {step!r}; expected some of {', '.join(STEPS)}")
         if named.count(step) > 1:
             raise UserError(f"view {name!r}: appearance.order names {step!r} twice; a step has one place")
+    for function in appearance.functions:
+        if appearance.functions.count(function) > 1:
+            raise UserError(f"view {name!r}: appearance.functions names {function!r} twice; once is what is drawn for")
     for entry in appearance.order:
         total = sum(getattr(appearance, step).probability for step in entry.split("|"))
         if total > 1 + 1e-9:
@@ -182,19 +196,19 @@ def _check_order(name: str, appearance: AppearanceRanges) -> None:
 def _appearance_ranges(name: str, appearance: AppearanceRanges, axes: int) -> list[Bounds]:
     found = [
         _pair("appearance.noise.std", appearance.noise.std, 0.0, math.inf),
-        _pair("appearance.blur.sigma_voxels", appearance.blur.sigma_voxels, 0.0, math.inf),
+        _pair("appearance.blur.sigma_voxels", appearance.blur.sigma_voxels, 0.0, WIDEST_BLUR_VOXELS),
         _pair("appearance.contrast.factor", appearance.contrast.factor, -math.inf, math.inf),
-        ("appearance.brightness.std", (appearance.brightness.std,), 0.0, math.inf),
+        _one("appearance.brightness.std", appearance.brightness.std, 0.0, math.inf),
         _pair("appearance.brightness.shift", appearance.brightness.shift, -math.inf, math.inf),
         _pair("appearance.gamma.exponent", appearance.gamma.exponent, 1e-3, 1e3),
-        ("appearance.bias_field.coefficient", (appearance.bias_field.coefficient,), 0.0, math.inf),
+        _one("appearance.bias_field.coefficient", appearance.bias_field.coefficient, 0.0, math.inf),
         _pair("appearance.low_resolution.factor", appearance.low_resolution.factor, 1.0, math.inf),
     ]
     for step in STEPS:
         ranges = getattr(appearance, step)
-        found.append((f"appearance.{step}.probability", (ranges.probability,), 0.0, 1.0))
+        found.append(_one(f"appearance.{step}.probability", ranges.probability, 0.0, 1.0))
         if isinstance(ranges, Gamma | Bezier):
-            found.append((f"appearance.{step}.invert", (ranges.invert,), 0.0, 1.0))
+            found.append(_one(f"appearance.{step}.invert", ranges.invert, 0.0, 1.0))
         if isinstance(ranges, Boxes):
             found += _boxes_ranges(f"appearance.{step}", ranges)
             if len(ranges.side_voxels) not in (0, axes):
@@ -206,9 +220,9 @@ def _appearance_ranges(name: str, appearance: AppearanceRanges, axes: int) -> li
 
 def _boxes_ranges(here: str, boxes: Boxes) -> list[Bounds]:
     return [
-        (f"{here}.count", (boxes.count,), 0.0, 1e6),
-        (f"{here}.least", (boxes.least,), 0.0, boxes.count),
-        (f"{here}.go_on", (boxes.go_on,), 0.0, 1.0),
+        _one(f"{here}.count", boxes.count, 0.0, 1e6),
+        _one(f"{here}.least", boxes.least, 0.0, boxes.count),
+        _one(f"{here}.go_on", boxes.go_on, 0.0, 1.0),
         _pair(f"{here}.side", boxes.side, 0.0, 1.0),
         *(_pair(f"{here}.side_voxels[{axis}]", pair, 1.0, 2**20) for axis, pair in enumerate(boxes.side_voxels)),
     ]

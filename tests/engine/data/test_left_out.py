@@ -1,5 +1,8 @@
 """Volumes that cannot be read: what a run does without them, and that nothing else changes."""
 
+import errno
+import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,9 @@ import pytest
 import torch
 from view_samples import COVER, assert_same, make_store, take
 
+from voxtrast.engine.data import pipeline as view_pipeline
 from voxtrast.engine.data.pipeline import ViewPipeline
-from voxtrast.engine.data.store import Store
+from voxtrast.engine.data.store import Case, Store, StoreReadError
 from voxtrast.engine.errors import UserError
 from voxtrast.methods.views import ViewSpec
 
@@ -28,7 +32,7 @@ def damage(store: Store, case: int, how: str) -> None:
         file.write_bytes(b"what is this")
     else:  # inside, where opening does not look
         volume = np.load(file)
-        volume[:] = np.nan if how == "NaN" else np.inf
+        volume[-1 if "last plane" in how else slice(None)] = np.inf if how == "infinity" else np.nan
         np.save(file, volume)
 
 
@@ -58,7 +62,7 @@ def test_another_volume_takes_its_place_and_all_other_views_stay(
             assert_same(old, new)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, "said once"
-    assert lines[0].startswith("left out from here on: case1: ")
+    assert lines[0].startswith(("left out: case1: ", "left out where it is damaged: case1: "))
     assert str(store.path / "volumes" / "case1.npy") in lines[0]
 
 
@@ -75,6 +79,85 @@ def test_the_views_depend_on_what_can_be_read_alone(store: Store) -> None:
     for rank in range(2):
         for whole, part in zip(expected, take(store, SPEC, STEPS, rank=rank, world_size=2), strict=True):
             assert_same({k: v[2 * rank : 2 * rank + 2] for k, v in whole[0].items()}, part[0])
+
+
+def test_damage_in_one_place_costs_the_samples_that_look_there_and_no_others(store: Store) -> None:
+    before = samples(take(store, SPEC, 8))
+    damage(store, 1, "NaN in the last plane")
+    after = take(store, SPEC, 8)
+    looks_there = {
+        index for index, sample in enumerate(before) if sample["case"] == "case1" and sample["origin"][0] == 24 - 16
+    }
+    replaced = {
+        i for i, (old, new) in enumerate(zip(before, samples(after), strict=True)) if old["case"] != new["case"]
+    }
+    assert looks_there <= replaced
+    assert len(replaced) < sum(sample["case"] == "case1" for sample in before)
+    for start in (2, 5):
+        for whole, part in zip(after[start:], take(store, SPEC, 8 - start, start_step=start), strict=True):
+            assert_same(whole[0], part[0])
+    for rank in range(2):
+        for whole, part in zip(after, take(store, SPEC, 8, rank=rank, world_size=2), strict=True):
+            assert_same({k: v[2 * rank : 2 * rank + 2] for k, v in whole[0].items()}, part[0])
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_a_volume_is_open_once_for_all_samples_and_closed_in_the_end(prefetch: int, store: Store) -> None:
+    def descriptors() -> int:
+        gc.collect()
+        links = [Path(f"/proc/self/fd/{each}") for each in os.listdir("/proc/self/fd")]
+        return sum("case" in os.readlink(link) for link in links if link.is_symlink())
+
+    with ViewPipeline(store, store.cases[:2], SPEC, seed=1, global_batch=12, prefetch=prefetch) as pipeline:
+        next(pipeline)
+        assert 0 < descriptors() <= 2
+    del pipeline
+    assert descriptors() == 0
+
+
+def test_a_machine_without_free_descriptors_is_not_a_damaged_volume(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise StoreReadError(store.path / "volumes" / "case0.npy", OSError(errno.EMFILE, "Too many open files"))
+
+    monkeypatch.setattr(view_pipeline, "OpenVolume", refuse)
+    with (
+        ViewPipeline(store, store.cases, SPEC, seed=1, global_batch=2) as pipeline,
+        pytest.raises(UserError, match=r"case0\.npy cannot be read \(Too many open files\)"),
+    ):
+        next(pipeline)
+    assert not pipeline.unreadable
+
+
+def test_a_disk_that_is_away_for_a_moment_is_asked_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    really, refused = view_pipeline.OpenVolume, []
+
+    def refuse_once(opened: Store, case: Case) -> Any:
+        if case.id not in refused:
+            refused.append(case.id)
+            raise StoreReadError(store.path, OSError(errno.ESTALE, "Stale file handle"))
+        return really(opened, case)
+
+    expected = take(store, SPEC, 2)
+    monkeypatch.setattr(view_pipeline, "OpenVolume", refuse_once)
+    monkeypatch.setattr(view_pipeline, "PAUSES_S", (0.01, 0.01))
+    for whole, again in zip(expected, take(store, SPEC, 2), strict=True):
+        assert_same(whole[0], again[0])
+    assert len(refused) == 5
+
+
+def test_more_open_files_than_the_system_allows_are_refused_with_numbers(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(view_pipeline.resource, "getrlimit", lambda _: (256, 600))
+    with pytest.raises(UserError, match=r"120 volumes may be open at once.*may open 600 files \(ulimit -Hn\)"):
+        ViewPipeline(store, store.cases, SPEC, seed=1, global_batch=20, prefetch=2)
+    raised: list[Any] = []
+    monkeypatch.setattr(view_pipeline.resource, "setrlimit", lambda _, limits: raised.append(limits))
+    monkeypatch.setattr(view_pipeline.resource, "getrlimit", lambda _: (256, 4096))
+    ViewPipeline(store, store.cases, SPEC, seed=1, global_batch=20, prefetch=2).close()
+    assert raised == [(120 + 512, 4096)]
 
 
 def test_which_volumes_were_left_out_can_be_asked(store: Store) -> None:

@@ -1,6 +1,8 @@
 """What is compiled on first use: once, whoever asks; with a clear line where it cannot be."""
 
 import ctypes
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -84,10 +86,43 @@ def test_two_processes_at_once_compile_once(tmp_path: Path, compilations: Path) 
 def test_what_a_killed_process_left_behind_is_no_obstacle(tmp_path: Path, cache: Path) -> None:
     root = write_answer(tmp_path / "csrc")
     path = native.build(ANSWER, root)
-    path.parent.rename(path.parent.with_name(f"{path.parent.name}.building"))
-    path.parent.with_name(f"{path.parent.name}.building").joinpath("0.o").write_text("half an object")
+    left = path.parent.with_name(f"{path.parent.name}.0a1b2c3d.building")
+    path.parent.rename(left)
+    (left / "0.o").write_text("half an object")
     assert ctypes.CDLL(str(native.build(ANSWER, root))).answer() == 42
+    assert left.is_dir(), "it may be at work on a disk without locks"
+    os.utime(left, (0, 0))
+    native.build(native.Library("answer", ("answer.cpp",), flags=("-DNAME",)), root)
     assert not list(cache.glob("*.building"))
+
+
+def test_where_there_are_no_locks_the_first_result_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    root = write_answer(tmp_path / "csrc")
+    monkeypatch.setattr(native.fcntl, "flock", refuse)
+    run, first = native._run, []
+
+    def run_while_another_builds(command: list[str]) -> tuple[int, str]:
+        if "-shared" in command and not first:
+            first.append("")
+            first.append(str(native.build(ANSWER, root)))
+        return run(command)
+
+    monkeypatch.setattr(native, "_run", run_while_another_builds)
+    assert str(native.build(ANSWER, root)) == first[1]
+    assert ctypes.CDLL(first[1]).answer() == 42
+
+
+def test_a_module_that_does_not_load_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "csrc"
+    root.mkdir()
+    (root / "module.cpp").write_text(MODULE.replace("_answer_to_python", "_damaged"))
+    path = native.build(native.module_library("_damaged", ("module.cpp",)), root)
+    path.write_bytes(b"of another machine")
+    with pytest.raises(UserError, match=r"_damaged\.so: Python does not load it .*delete that folder"):
+        native.load_module("_damaged", ("module.cpp",), root)
 
 
 def test_a_broken_source_names_the_first_error_and_where_the_rest_is(tmp_path: Path, cache: Path) -> None:

@@ -110,7 +110,7 @@ MIXED = {"case0": "ct", "case1": "mr", "case2": "mr", "case3": "ct", "case4": "c
 def dealt_by_weight(weights: dict[str, float], count: int, batch: int = 5) -> tuple[list[int], int]:
     spec = ViewSpec((16, 16, 16), {"x": View()})
     planner = Planner(CASES, spec, 1, global_batch=batch, groups=MIXED, weights=weights)
-    block = sum(planner.visits_in_a_block)
+    block = sum(planner._native.visits_in_a_block)
     return [planner.plan(*divmod(place, batch)).case_index for place in range(count)], block
 
 

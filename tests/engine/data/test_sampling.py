@@ -38,6 +38,7 @@ def test_a_case_belongs_to_the_longest_folder_that_it_lies_in() -> None:
     ]
     found = data_sets(cases, {"mr/brain/": 2.0, "mr": 1.0, "ct": 1.0})
     assert found == {"a": "mr", "b": "mr/brain/", "c": "ct"}
+    assert data_sets(cases, {"mr": 1.0, ".": 1.0}) == {"a": "mr", "b": "mr", "c": "."}
     assert data_sets(cases, {}) == {}
     with pytest.raises(UserError, match=r"case c \(ct/x/three\.nii\.gz\) lies in none of m, mr"):
         data_sets(cases, {"mr": 1.0, "m": 1.0})
@@ -71,6 +72,21 @@ def test_boxes_that_may_lie_anywhere_follow_and_related_ones_do_not() -> None:
     assert all(any(holds_in_its_middle(lower, place, (8, 8, 8)) for place in PLACES) for lower in lowers)
     offsets = [plan.views["related"].box.lower[0] - plan.views["free"].box.lower[0] for plan in plans]
     assert_equally_probable(offsets, range(5))
+
+
+def test_boxes_of_a_slice_are_drawn_around_places_of_that_slice() -> None:
+    case = replace(CASE, foreground=(*PLACES, (3, 30, 40)))
+    spec = ViewSpec((16, 16), {name: View(box=BoxRanges(sides=[[8, 8]])) for name in ("one", "two")})
+    planner = Planner([case], spec, 3, global_batch=1, foreground=0.5)
+    around = 0
+    for step in range(400):
+        plan = planner.plan(step, 0)
+        shown = [
+            any(place[0] == lower[0] and holds_in_its_middle(lower, place, (1, 8, 8)) for place in case.foreground)
+            for lower in (view.box.lower for view in plan.views.values())
+        ]
+        around += all(shown)
+    assert around / 400 == pytest.approx(0.5, abs=0.1), "both or, but for chance, none"
 
 
 def test_without_foreground_nothing_is_drawn_for_it() -> None:
