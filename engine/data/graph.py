@@ -1,9 +1,10 @@
 """The DALI graph of a view specification: what Python sends for each slot, and the operators that make views of it.
 
 Every slot sends two small arrays: its file, open, and its plan. Our own operators (csrc/dali/) read the region and make
-each view of it in one go.
+each view of it in one go: on the GPU that holds the results, where the operators were compiled for one.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,14 @@ def build_pipeline(
 
     Raises: UserError where the operators cannot be compiled.
     """
-    load_plugin()
+    without_cuda = load_plugin()
+    on_gpu = device_id is not None and without_cuda is None
+    if device_id is not None and not on_gpu:
+        warnings.warn(
+            f"views are made on the CPU and copied to GPU {device_id}, at a fraction of its speed: {without_cuda}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     pipeline = Pipeline(
         batch_size=slots,
         num_threads=threads,
@@ -59,15 +67,15 @@ def build_pipeline(
             no_copy=True,
         )
         region = OPERATORS.voxtrast_read(files, plans, half=half)
-        outputs = _views(spec, region, plans)
-        if device_id is not None:
+        outputs = _views(spec, region.gpu() if on_gpu else region, plans, "gpu" if on_gpu else "cpu")
+        if device_id is not None and not on_gpu:
             outputs = {name: output.gpu() for name, output in outputs.items()}
         pipeline.set_outputs(*outputs.values())
     pipeline.build()
     return pipeline, list(outputs)
 
 
-def _views(spec: ViewSpec, region: Any, plans: Any) -> dict[str, Any]:
+def _views(spec: ViewSpec, region: Any, plans: Any, device: str) -> dict[str, Any]:
     outputs: dict[str, Any] = {}
     for number, (name, view) in enumerate(spec.views.items()):
         names = [name]
@@ -78,6 +86,7 @@ def _views(spec: ViewSpec, region: Any, plans: Any) -> dict[str, Any]:
         made = OPERATORS.voxtrast_view(
             region,
             plans,
+            device=device,
             view=number,
             dimensions=len(spec.crop),
             clean=view.clean,
