@@ -162,6 +162,7 @@ def measure(config: Config, steps: int, place: Place) -> tuple[list[Form], dict[
     device_id = place.device.index if place.on_gpu else None
     loader = {"threads": config.loader.threads, "prefetch": config.loader.prefetch, "device_id": device_id}
     options: dict[str, Any] = {"seed": config.seed, "global_batch": config.train.global_batch, **loader}
+    options["sampling"] = config.sampling
     with ViewPipeline(store, cases, method.views, **options) as views:
         batches = iter(views)
         for number in range(steps + 1):

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ..methods import METHODS, BackboneConfig, recipe_names
+from .data.sampling import Sampling
 from .errors import UserError
 from .weights import write_whole
 
@@ -62,6 +63,8 @@ class LoaderConfig:
     threads: int = 2  # of the data pipeline, per rank
     prefetch: int = 2  # batches prepared ahead
     verify: str = "contents"  # contents: checksum of every file of the store before training | sizes
+    # A volume that cannot be read: substitute: another takes its place, and a line says so | raise: the run ends
+    on_error: str = "substitute"
 
 
 @dataclass
@@ -86,6 +89,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    sampling: Sampling = field(default_factory=Sampling)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -113,6 +117,7 @@ CHOICES = {
     "optimizer.name": ("adamw", "adam", "sgd", "apex_fused_adam", "apex_fused_lamb"),
     "schedule.name": ("cosine", "constant"),
     "loader.verify": ("contents", "sizes"),
+    "loader.on_error": ("substitute", "raise"),
     "resume": ("auto", "never"),
     "device": ("auto", "cpu", "cuda"),
 }
@@ -123,6 +128,7 @@ POSITIVE = (
     "optimizer.learning_rate",
     "loader.threads",
     "loader.prefetch",
+    "sampling.crops_per_visit",
     "checkpoint.every",
     "checkpoint.keep",
     "validation.batches",
@@ -233,10 +239,10 @@ def _typed(raw: Any) -> Config:
 
 
 def _refuse_unknown(schema: DictConfig, raw: Any) -> None:
-    known = set(_flatten(schema)) | {"deepspeed.extra"}
+    known = set(_flatten(schema)) | {"deepspeed.extra", "sampling.weights"}
     groups = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
     for key in _flatten(raw):
-        if key in known or key.startswith("deepspeed.extra.") or key in groups:
+        if key in known or key.startswith(("deepspeed.extra.", "sampling.weights.")) or key in groups:
             continue
         tail = key.rsplit(".", 1)[-1]
         same_tail = [name for name in sorted(known) if name.rsplit(".", 1)[-1] == tail]
@@ -247,8 +253,8 @@ def _refuse_unknown(schema: DictConfig, raw: Any) -> None:
 
 
 def _check(merged: Any) -> None:
-    for group in ("method", "backbone", "views", "train", "optimizer", "schedule", "validation", "checkpoint", "loader",
-                  "deepspeed"):  # fmt: skip
+    for group in ("method", "backbone", "views", "train", "optimizer", "schedule", "sampling", "validation",
+                  "checkpoint", "loader", "deepspeed"):  # fmt: skip
         if OmegaConf.select(merged, group) is None:
             raise UserError(f"{group}: expected a group of settings, got null; leave it out to take the defaults")
     for key, choices in CHOICES.items():
@@ -264,6 +270,11 @@ def _check(merged: Any) -> None:
         value = OmegaConf.select(merged, key)
         if not 0 <= value < 1:
             raise UserError(f"{key}: expected 0 up to less than 1, got {value}")
+    if not 0 <= merged.sampling.foreground <= 1:
+        raise UserError(f"sampling.foreground: expected a share from 0 to 1, got {merged.sampling.foreground}")
+    for folder, weight in merged.sampling.weights.items():
+        if not 0 < weight < math.inf:
+            raise UserError(f"sampling.weights.{folder}: expected a finite number, more than 0, got {weight}")
     betas = list(merged.optimizer.betas)
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"optimizer.betas: expected two numbers from 0 up to less than 1, got {betas}")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ OURS = {
     "optimizer": "set optimizer.name and what stands beside it",
     "scheduler": "set schedule.name and what stands beside it",
 }
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,21 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def on_first(self, work: Callable[[], None]) -> None:
-        """Does the work on the first rank; where it fails, every rank ends and none waits for another."""
+    def on_first(self, work: Callable[[], Result]) -> Result:
+        """Does the work on the first rank and gives every rank its result; where it fails, every rank ends."""
         error: Exception | None = None
+        result: list[Any] = [None]
         if self.first:
             try:
-                work()
+                result = [work()]
             except Exception as caught:
                 error = caught
         if self.sum(torch.tensor(float(error is not None))).item() > 0:
             raise error or UserError("stopped, because the first rank could not go on")
+        if self.size > 1:
+            dist.broadcast_object_list(result, 0)
+        found: Result = result[0]
+        return found
 
     def check_equal(self, module: nn.Module) -> None:
         """Refuses to go on where the ranks hold different parameters or buffers; to the last bit, and collective.

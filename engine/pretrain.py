@@ -6,6 +6,7 @@ torchrun -m voxtrast.engine.pretrain RECIPE data=STORE output=RUN key=value ...
 """
 
 import argparse
+import itertools
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ from .deepspeed import deepspeed_json, start_processes, stop_processes, wrap
 from .errors import UserError
 from .runs import build_method, describe, open_cases
 from .trainer import Interrupted, Trainer
+
+REPORTED = 20  # damaged volumes, line by line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +67,12 @@ def pretrain(config: Config) -> None:
     deepspeed_json(config, ranks.size)
     store, cases, aside, excluded = open_cases(config)
     config.data_sha256 = file_sha256(store.path / INDEX)
-    ranks.on_first(lambda: _prepare_output(config, store))
+    damaged = ranks.on_first(lambda: _damaged(config, store))
+    if aside and all(case.id in damaged for case in aside):
+        if ranks.first:
+            print("no volume that is held aside can be read: no validation", file=sys.stderr)
+        aside = []
+    ranks.on_first(lambda: _prepare_output(config))
     if ranks.first:
         for case, reason in excluded:
             print(f"left out: {case.id}: {reason}", file=sys.stderr)
@@ -80,11 +88,24 @@ def pretrain(config: Config) -> None:
                 file=sys.stderr,
             )
     engine = wrap(method, config, ranks)
-    Trainer(engine, method, config, ranks, store, cases, aside, describe(config, cases)).train()
+    Trainer(engine, method, config, ranks, store, cases, aside, damaged, describe(config, cases)).train()
 
 
-def _prepare_output(config: Config, store: Store) -> None:
-    store.verify(contents=config.loader.verify == "contents")
+def _damaged(config: Config, store: Store) -> dict[str, str]:
+    """The volumes to go on without, by case id; all are reported before the first step."""
+    contents = config.loader.verify == "contents"
+    if config.loader.on_error == "raise":
+        store.verify(contents)
+        return {}
+    damaged = store.damaged(contents)
+    for case, reason in itertools.islice(damaged.items(), REPORTED):
+        print(f"left out: {case}: {reason}", file=sys.stderr)
+    if len(damaged) > REPORTED:
+        print(f"left out: {len(damaged) - REPORTED} more; `voxtrast prepare --check` names them all", file=sys.stderr)
+    return damaged
+
+
+def _prepare_output(config: Config) -> None:
     run = Path(config.output)
     try:
         run.mkdir(parents=True, exist_ok=True)

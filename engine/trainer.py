@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..methods import Batch, Method
 from . import checkpoint
 from .config import Config, ScheduleConfig
 from .data.pipeline import ViewPipeline
+from .data.sampling import of_validation
 from .data.store import Case, Store
 from .deepspeed import Ranks, full_optimizer_state, load_full_state
 from .errors import UserError
@@ -47,10 +48,12 @@ class Trainer:
         store: Store,
         cases: Sequence[Case],
         held_aside: Sequence[Case],
+        unreadable: Mapping[str, str],
         description: dict[str, Any],
     ) -> None:
         self.engine, self.method, self.config, self.ranks = engine, method, config, ranks
         self.store, self.cases, self.held_aside = store, cases, held_aside
+        self.unreadable = dict(unreadable)
         self.description = description
         self.run = Path(config.output)
         self.average: dict[str, Tensor] = {}
@@ -210,6 +213,9 @@ class Trainer:
             device_id=self.ranks.local_rank if self.ranks.device.type == "cuda" else None,
             threads=loader.threads,
             prefetch=loader.prefetch,
+            sampling=self.config.sampling if split == "train" else of_validation(self.config.sampling),
+            on_error=loader.on_error,
+            unreadable=self.unreadable,
         )
 
     def _resume(self) -> int:

@@ -188,6 +188,8 @@ class AppearanceRanges:
     """
 
     order: list[str] = field(default_factory=list)
+    # MODULE:NAME of functions of the user's own, after all steps; see engine/data/user_functions.py
+    functions: list[str] = field(default_factory=list)
     same_choice: bool = False
     noise: Noise = field(default_factory=Noise)
     blur: Blur = field(default_factory=Blur)

@@ -39,8 +39,12 @@ class VoxtrastRead : public dali::Operator<dali::CPUBackend> {
     output.SetLayout("DHW");
     for_each_slot(workspace, [&](int slot, int) {
       const Plan& plan = plans_[slot];
-      read_region(volumes_[slot], plan.region, labels_ ? 0.0f : plan.background,
-                  half_ ? VoxelType::float16 : VoxelType::float32, output.raw_mutable_tensor(slot));
+      try {
+        read_region(volumes_[slot], plan.region, labels_ ? 0.0f : plan.background,
+                    half_ ? VoxelType::float16 : VoxelType::float32, output.raw_mutable_tensor(slot));
+      } catch (const std::runtime_error& error) {  // whose fault it is, for engine/data/pipeline.py
+        throw std::runtime_error("[case " + std::to_string(plan.case_index) + "] " + error.what());
+      }
     });
   }
 

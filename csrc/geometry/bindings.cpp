@@ -42,17 +42,21 @@ std::vector<std::string> unusable_shapes(const ViewSpec& spec, const Table<int64
 std::unique_ptr<Planner> make_planner(const ViewSpec& spec, const Table<int64_t>& shapes,
                                       const Table<double>& intensities, const std::vector<int32_t>& groups,
                                       const std::vector<double>& weights, uint64_t seed, int64_t global_batch,
-                                      int64_t crops_per_visit) {
+                                      int64_t crops_per_visit, double foreground,
+                                      const std::vector<std::vector<Index3>>& places) {
   if (shapes.ndim() != 2 || shapes.shape(1) != 3 || intensities.ndim() != 2 || intensities.shape(1) != 3 ||
-      intensities.shape(0) != shapes.shape(0) || static_cast<py::ssize_t>(groups.size()) != shapes.shape(0))
-    throw std::invalid_argument("cases: expected (n, 3) shapes, (n, 3) intensities (low, high, background), n groups");
+      intensities.shape(0) != shapes.shape(0) || static_cast<py::ssize_t>(groups.size()) != shapes.shape(0) ||
+      static_cast<py::ssize_t>(places.size()) != shapes.shape(0))
+    throw std::invalid_argument(
+        "cases: expected (n, 3) shapes, (n, 3) intensities (low, high, background), n groups, n lists of places");
   std::vector<CaseRow> cases;
   for (py::ssize_t row = 0; row < shapes.shape(0); ++row)
     cases.push_back({shape_at(shapes, row),
                      {intensities.at(row, 0), intensities.at(row, 1), intensities.at(row, 2)},
-                     groups[static_cast<size_t>(row)]});
+                     groups[static_cast<size_t>(row)],
+                     places[static_cast<size_t>(row)]});
   return std::make_unique<Planner>(spec, std::move(cases),
-                                   PlannerOptions{seed, global_batch, crops_per_visit, weights});
+                                   PlannerOptions{seed, global_batch, crops_per_visit, weights, foreground});
 }
 
 py::bytes plan_bytes(const Plan& plan) {
@@ -147,8 +151,10 @@ PYBIND11_MODULE(voxtrast_geometry, module) {
   module.def("unusable", &unusable_shapes, "spec"_a, "shapes"_a);
   py::class_<Planner>(module, "Planner")
       .def(py::init(&make_planner), "spec"_a, "shapes"_a, "intensities"_a, "groups"_a, "weights"_a, "seed"_a,
-           "global_batch"_a, "crops_per_visit"_a)
+           "global_batch"_a, "crops_per_visit"_a, "foreground"_a, "places"_a)
       .def("plan", &Planner::plan, "step"_a, "slot"_a, "split"_a, py::call_guard<py::gil_scoped_release>())
+      .def("plan_of", &Planner::plan_of, "case_index"_a, "step"_a, "slot"_a, "split"_a,
+           py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("visits_in_a_block", &Planner::visits_in_a_block);
   module.def("affine_about_centre", [](const Index3& size, const Vector3& rotation_degrees, const Vector3& scale,
                                        const Vector3& shear_degrees, const Vector3& translation) {

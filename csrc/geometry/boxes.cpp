@@ -113,6 +113,16 @@ Starts allowed_starts(const BoxSpec& box, int axis, int64_t volume, int64_t side
           std::clamp(around.upper[axis] - 1 + box.margin, range.low, range.high)};
 }
 
+// One of the places, or null where the box is not to be drawn around any. Nobody draws for a probability of 0.
+const Index3* drawn_place(const Foreground& foreground, Draws& draws) {
+  if (foreground.probability <= 0.0 || !draws.happens(foreground.probability)) return nullptr;
+  return &foreground.places[static_cast<size_t>(draws.integer(0, static_cast<int64_t>(foreground.places.size()) - 1))];
+}
+
+Starts around(int64_t place, const Starts& range, int64_t side) {
+  return {std::clamp(place - 3 * side / 4, range.low, range.high), std::clamp(place - side / 4, range.low, range.high)};
+}
+
 Box draw_with_iou(const ViewSpec& spec, int view, const Index3& volume, const Box& other, Draws& draws) {
   const BoxSpec& box = *spec.views[static_cast<size_t>(view)].box;
   std::vector<Index3> left = choices(spec, view, volume);
@@ -143,10 +153,12 @@ std::string unusable_overlap(const ViewSpec& spec, int view, const Index3& volum
 
 }  // namespace
 
-Box draw_crop(const Index3& volume, const Index3& sides, Draws& draws) {
+Box draw_crop(const Index3& volume, const Index3& sides, const Foreground& foreground, Draws& draws) {
+  const Index3* place = drawn_place(foreground, draws);
   Index3 lower{};
   for (int axis = 0; axis < 3; ++axis) {
-    const Starts range = starts(volume[axis], sides[axis]);
+    Starts range = starts(volume[axis], sides[axis]);
+    if (place) range = around((*place)[axis], range, sides[axis]);
     lower[axis] = draws.integer(range.low, range.high);
   }
   return box_at(lower, sides);
@@ -179,7 +191,7 @@ std::string unusable(const ViewSpec& spec, const Index3& full) {
 }
 
 Box draw_box(const ViewSpec& spec, int view, const Index3& full, const Box& crop, const std::vector<Box>& boxes,
-             Draws& draws) {
+             const Foreground& foreground, Draws& draws) {
   const auto& box = spec.views[static_cast<size_t>(view)].box;
   if (!box) return crop;
   const Index3 volume = {spec.flat ? 1 : full[0], full[1], full[2]};
@@ -198,9 +210,12 @@ Box draw_box(const ViewSpec& spec, int view, const Index3& full, const Box& crop
       if (box->inside >= 0) std::erase_if(usable, [&](const Index3& each) { return !fits(each, whole); });
       sides = usable[static_cast<size_t>(draws.integer(0, static_cast<int64_t>(usable.size()) - 1))];
     }
+    const bool anywhere = box->inside < 0 && box->near.empty();
+    const Index3* place = anywhere ? drawn_place(foreground, draws) : nullptr;
     Index3 lower{};
     for (int axis = 0; axis < 3; ++axis) {
-      const Starts range = allowed_starts(*box, axis, volume[axis], sides[axis], boxes);
+      Starts range = allowed_starts(*box, axis, volume[axis], sides[axis], boxes);
+      if (place) range = around((*place)[axis], range, sides[axis]);
       lower[axis] = draws.integer(range.low, range.high);
     }
     drawn = box_at(lower, sides);

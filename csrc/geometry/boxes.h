@@ -20,7 +20,14 @@ inline Starts starts(int64_t volume, int64_t side) {
   return side > volume ? Starts{-((side - volume) / 2), -((side - volume) / 2)} : Starts{0, volume - side};
 }
 
-Box draw_crop(const Index3& volume, const Index3& sides, Draws& draws);
+// Voxels of a volume that show something, and how many boxes of those that are free to lie anywhere are drawn around
+// one of them: it lies in the middle half of the box along every axis, as far as the box stays in the volume.
+struct Foreground {
+  const std::vector<Index3>& places;
+  double probability;
+};
+
+Box draw_crop(const Index3& volume, const Index3& sides, const Foreground& foreground, Draws& draws);
 
 // Views in an order in which every box comes after those that it refers to. Throws std::invalid_argument on a cycle.
 std::vector<int> box_order(const ViewSpec& spec);
@@ -30,6 +37,6 @@ std::string unusable(const ViewSpec& spec, const Index3& volume);
 
 // The box of a view; `boxes` holds those that it refers to. `crop` is the slot's.
 Box draw_box(const ViewSpec& spec, int view, const Index3& volume, const Box& crop, const std::vector<Box>& boxes,
-             Draws& draws);
+             const Foreground& foreground, Draws& draws);
 
 }  // namespace voxtrast

@@ -66,6 +66,8 @@ Planner::Planner(ViewSpec spec, std::vector<CaseRow> cases, PlannerOptions optio
           }(),
           options_.weights, options_.seed, options_.crops_per_visit) {
   if (cases_.empty()) throw std::invalid_argument("planner: no case");
+  for (const CaseRow& row : cases_)
+    if (options_.foreground > 0.0 && row.foreground.empty()) throw std::invalid_argument("planner: a case without places");
   for (const char* split : {"train", "validation"}) check_streams(split);
 }
 
@@ -97,6 +99,11 @@ void Planner::check_streams(const std::string& split) const {
 }
 
 Plan Planner::plan(uint32_t step, uint32_t slot, const std::string& split) const {
+  const uint64_t position = uint64_t{step} * static_cast<uint64_t>(options_.global_batch) + slot;
+  return plan_of(dealing_.case_of(position, name_hash(split)), step, slot, split);
+}
+
+Plan Planner::plan_of(int64_t case_index, uint32_t step, uint32_t slot, const std::string& split) const {
   check_streams(split);
   const Slot place{options_.seed, step, slot, name_hash(split)};
   Plan plan;
@@ -104,19 +111,19 @@ Plan Planner::plan(uint32_t step, uint32_t slot, const std::string& split) const
   plan.step = step;
   plan.slot = slot;
   plan.split = split;
-  const uint64_t position = uint64_t{step} * static_cast<uint64_t>(options_.global_batch) + slot;
-  plan.case_index = dealing_.case_of(position, place.split);
-  const CaseRow& row = cases_[static_cast<size_t>(plan.case_index)];
+  plan.case_index = case_index;
+  const CaseRow& row = cases_.at(static_cast<size_t>(case_index));
+  const Foreground foreground{row.foreground, options_.foreground};
   plan.volume = row.shape;
   plan.background = static_cast<float>(row.intensity.background);
   Draws crop = place.draws("crop");
-  plan.crop = draw_crop(row.shape, spec_.crop, crop);
+  plan.crop = draw_crop(row.shape, spec_.crop, foreground, crop);
   if (spec_.flat && row.shape[0] > 1)
     plan.position = static_cast<double>(plan.crop.lower[0]) / static_cast<double>(row.shape[0] - 1);
   std::vector<Box> boxes(spec_.views.size());
   for (const int view : order_) {
     Draws draws = place.draws(of(spec_.views[static_cast<size_t>(view)], "box"));
-    boxes[static_cast<size_t>(view)] = draw_box(spec_, view, row.shape, plan.crop, boxes, draws);
+    boxes[static_cast<size_t>(view)] = draw_box(spec_, view, row.shape, plan.crop, boxes, foreground, draws);
   }
   for (size_t view = 0; view < spec_.views.size(); ++view)
     plan.views.push_back(plan_view(spec_.views[view], boxes[view], row, place));

@@ -18,6 +18,7 @@ struct CaseRow {
   Index3 shape{};
   Intensity intensity;
   int32_t group = 0;
+  std::vector<Index3> foreground;  // places, see boxes.h
 };
 
 struct PlannerOptions {
@@ -25,6 +26,7 @@ struct PlannerOptions {
   int64_t global_batch = 1;
   int64_t crops_per_visit = 1;
   std::vector<double> weights{1.0};  // of the groups
+  double foreground = 0.0;           // probability, see boxes.h
 };
 
 class Planner {
@@ -33,6 +35,8 @@ class Planner {
   Planner(ViewSpec spec, std::vector<CaseRow> cases, PlannerOptions options);
 
   Plan plan(uint32_t step, uint32_t slot, const std::string& split) const;
+  // The same draws for another case than the one that was dealt.
+  Plan plan_of(int64_t case_index, uint32_t step, uint32_t slot, const std::string& split) const;
   const std::vector<int64_t>& visits_in_a_block() const { return dealing_.visits_in_a_block(); }
 
  private:

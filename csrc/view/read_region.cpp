@@ -61,6 +61,24 @@ void convert(const char* from, int64_t count, float* to) {
   }
 }
 
+// Whether every value is a number: of others all bits of the exponent are set.
+template <typename Bits>
+bool finite(const char* from, int64_t count, Bits exponent) {
+  Bits found = 0;
+  for (int64_t n = 0; n < count; ++n) {
+    Bits value;
+    std::memcpy(&value, from + n * sizeof(Bits), sizeof(Bits));
+    found |= (value & exponent) == exponent;
+  }
+  return !found;
+}
+
+bool finite(StoredType stored, const char* from, int64_t count) {
+  if (stored == StoredType::float16) return finite<uint16_t>(from, count, 0x7c00);
+  if (stored == StoredType::float32) return finite<uint32_t>(from, count, 0x7f800000);
+  return true;
+}
+
 void convert_row(StoredType stored, const char* from, int64_t count, VoxelType type, char* to) {
   float* floats = reinterpret_cast<float*>(to);
   if (type == VoxelType::float16) {
@@ -129,6 +147,9 @@ void read_region(const StoredVolume& volume, const Box& box, float background, V
       if (by_rows) read_exactly(volume.descriptor, offset(d, h), wanted, buffer.data());
       const char* row = by_rows ? buffer.data() : buffer.data() + (h - part.lower[1]) * row_bytes;
       const int64_t place = ((d - box.lower[0]) * size[1] + h - box.lower[1]) * size[2] + part.lower[2] - box.lower[2];
+      if (!finite(volume.type, row, columns))
+        throw std::runtime_error(name_of(volume.descriptor) + " holds NaN or infinity at (" + std::to_string(d) + ", " +
+                                 std::to_string(h) + ", ..)");
       convert_row(volume.type, row, columns, type, static_cast<char*>(voxels) + place * written);
     }
   }

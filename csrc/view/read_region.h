@@ -19,7 +19,8 @@ struct StoredVolume {
 
 // Writes the voxels of `box` in C order, as float32 or as they are where that is float16, with `background` outside the
 // volume. Reads what it needs with pread: of a mapped file that somebody cuts off meanwhile, the rest of the mapping
-// kills the process (SIGBUS). Throws std::runtime_error naming a file that cannot be read or ends too early.
+// kills the process (SIGBUS). Throws std::runtime_error naming a file that cannot
+// be read, ends too early or holds what is no number.
 void read_region(const StoredVolume& volume, const Box& box, float background, VoxelType type, void* voxels);
 
 }  // namespace voxtrast

@@ -10,6 +10,7 @@ import SimpleITK as sitk
 
 from . import dicom, normalise, resampling, store
 from .devices import array_module
+from .foreground import foreground_places
 from .headers import check_regular, detached_files
 from .memory import check_memory
 from .reading import Volume, read_label, read_volume
@@ -101,6 +102,7 @@ def _convert(job: dict[str, Any]) -> dict[str, Any]:
     normalised = normalise.normalise(volume.values, modality)
     values = resampling.resample_image(normalised, grid, order=settings["order"], xp=xp)
     stored = values.astype(settings["dtype"])
+    intensity = normalise.describe(stored)
     affine = grid.affine(volume.affine)
     target, name = Path(job["store"]), f"{job['id']}.npy"
     label_fields: dict[str, Any] = {}
@@ -116,7 +118,8 @@ def _convert(job: dict[str, Any]) -> dict[str, Any]:
         "affine": affine.tolist(),
         "modality": modality,
         "dtype": settings["dtype"],
-        "intensity": normalise.describe(stored),
+        "intensity": intensity,
+        "foreground": foreground_places(stored, intensity["low"], intensity["high"]),
         "sha256": store.write_array(target / store.VOLUMES / name, stored),
         **label_fields,
     }

@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ...methods.views import ViewSpec
 from ..errors import UserError
 from .native import load_plugin
+from .user_functions import apply_function, functions_of
 
 try:
     from nvidia.dali import Pipeline, fn
@@ -23,7 +23,8 @@ except ImportError as error:
 
 OPERATORS: Any = fn  # ours appear there when the plugin is loaded
 
-Source = Callable[[], tuple[list[NDArray[np.int64]], list[NDArray[np.uint8]]]]  # files and plans, one each a slot
+# Of each slot its file, its plan and, where views ask for functions of the user, the numbers for those.
+Source = Callable[[], tuple[list[NDArray[Any]], ...]]
 
 
 def build_pipeline(
@@ -59,23 +60,23 @@ def build_pipeline(
         exec_dynamic=True,  # every output in memory of its own, which torch may keep for as long as it wants
     )
     with pipeline:
-        files, plans = fn.external_source(
-            source=source,
-            num_outputs=2,
-            dtype=[DALIDataType.INT64, DALIDataType.UINT8],
-            ndim=[1, 1],
-            no_copy=True,
+        types, axes = [DALIDataType.INT64, DALIDataType.UINT8], [1, 1]
+        if functions_of(spec):
+            types, axes = [*types, DALIDataType.FLOAT], [*axes, 2]
+        files, plans, *numbers = fn.external_source(
+            source=source, num_outputs=len(axes), dtype=types, ndim=axes, no_copy=True
         )
         region = OPERATORS.voxtrast_read(files, plans, half=half)
-        outputs = _views(spec, region.gpu() if on_gpu else region, plans, "gpu" if on_gpu else "cpu")
-        if device_id is not None and not on_gpu:
+        outputs = _views(spec, region, plans, on_gpu)
+        _apply_functions(spec, outputs, *numbers)
+        if device_id is not None:
             outputs = {name: output.gpu() for name, output in outputs.items()}
         pipeline.set_outputs(*outputs.values())
     pipeline.build()
     return pipeline, list(outputs)
 
 
-def _views(spec: ViewSpec, region: Any, plans: Any, device: str) -> dict[str, Any]:
+def _views(spec: ViewSpec, region: Any, plans: Any, on_gpu: bool) -> dict[str, Any]:
     outputs: dict[str, Any] = {}
     for number, (name, view) in enumerate(spec.views.items()):
         names = [name]
@@ -83,8 +84,9 @@ def _views(spec: ViewSpec, region: Any, plans: Any, device: str) -> dict[str, An
             names.append(f"{name}_clean")
         if view.displacement:
             names += ["displacement", "mask"]
+        device = "gpu" if on_gpu and name not in functions_of(spec) else "cpu"  # where numba's functions run
         made = OPERATORS.voxtrast_view(
-            region,
+            region.gpu() if device == "gpu" else region,
             plans,
             device=device,
             view=number,
@@ -95,3 +97,11 @@ def _views(spec: ViewSpec, region: Any, plans: Any, device: str) -> dict[str, An
         )
         outputs.update(zip(names, made if isinstance(made, list | tuple) else [made], strict=True))
     return outputs
+
+
+def _apply_functions(spec: ViewSpec, outputs: dict[str, Any], numbers: Any = None) -> None:
+    row = 0
+    for view, names in functions_of(spec).items():
+        for name in names:
+            outputs[view] = apply_function(outputs[view], numbers[row], name, len(spec.crop))
+            row += 1

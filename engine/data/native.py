@@ -138,10 +138,11 @@ def plugin_library(views_cuda: Library | None = None) -> Library:
     return Library(
         "dali_operators",
         ("dali/*.cpp", "dali/cuda/*.cpp") if views_cuda else ("dali/*.cpp",),
-        includes=(str(cuda_headers()),),
+        includes=() if views_cuda else (str(cuda_headers()),),  # nvcc has headers of its own
         flags=tuple(dali.get_compile_flags()),
         links=(*([str(build(views_cuda))] if views_cuda else []), str(build(VIEWS)), *dali.get_link_flags()),
         versions=(nvidia.dali.__version__,),
+        nvcc=views_cuda.nvcc if views_cuda else (),
     )
 
 
@@ -189,6 +190,10 @@ def compiler() -> list[str]:
     )
 
 
+# One of each wheel that they come in.
+CUDA_HEADERS = ("cuda_runtime.h", "crt/host_config.h", "nv/target")
+
+
 def cuda_headers() -> Path:
     """The folder with cuda_runtime.h and what that includes, which DALI's headers ask for even where there is no GPU.
 
@@ -199,12 +204,12 @@ def cuda_headers() -> Path:
     found = [folder for package in packages for folder in sorted(package.glob("*/include"), reverse=True)]
     found += [Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "include"]
     for folder in found:
-        if (folder / "cuda_runtime.h").is_file() and (folder / "crt" / "host_config.h").is_file():
+        if all((folder / header).is_file() for header in CUDA_HEADERS):
             return folder
     raise UserError(
-        "cuda_runtime.h and crt/host_config.h: not found, and a DALI operator is compiled with them: "
-        "pip install nvidia-cuda-runtime nvidia-cuda-crt (CUDA 12: nvidia-cuda-runtime-cu12 nvidia-cuda-nvcc-cu12), "
-        "or set CUDA_HOME to a CUDA toolkit"
+        f"{', '.join(CUDA_HEADERS)}: not found together, and a DALI operator is compiled with them: "
+        "pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl (CUDA 12: nvidia-cuda-runtime-cu12 "
+        "nvidia-cuda-nvcc-cu12 nvidia-cuda-cccl-cu12), or set CUDA_HOME to a CUDA toolkit"
     )
 
 

@@ -5,10 +5,12 @@ the region and make the views (`graph.py`). A batch is a function of (seed, spli
 of processor, whatever the ranks, threads and restarts.
 """
 
+import functools
 import os
+import re
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,11 +24,15 @@ from torch import Tensor
 from ...methods.views import ViewSpec
 from ..errors import UserError
 from .graph import Pipeline, Source, build_pipeline
+from .left_out import LeftOut
 from .native import STORED_TYPES
 from .planner import Plan, Planner
+from .sampling import Sampling, data_sets
 from .store import VOLUMES, Case, Store, open_array
+from .user_functions import draw_numbers, functions_of
 
 Batch = dict[str, Any]  # tensors by name, and the case ids under "case"
+_CASE = re.compile(r"\[case (\d+)\] ")  # how voxtrast_read says whose file it is
 
 
 class OpenVolume:
@@ -50,6 +56,7 @@ class Slot:
     plan: Plan
     volume: OpenVolume
     plan_bytes: NDArray[np.uint8]
+    numbers: NDArray[np.float32]  # for the user's functions
 
 
 class ViewPipeline:
@@ -65,7 +72,11 @@ class ViewPipeline:
         case, origin     list[str], (b, 3) int64      where the crop was taken; negative where it is padded
         position         (b,) float32                 of the slice in the volume, 0 to 1; for slices alone
 
-    and NAME_clean for views that ask for it. Outside a volume everything is the case's background.
+        NAME_clean               as NAME               of views that ask for it
+        NAME_flips               (b, D) int64          1 for a flipped axis; of views that have a chance of flips
+        NAME_quarter_turns       (b,) int64            0 to 3, after the flips; of views that are turned
+
+    Outside a volume everything is the case's background.
 
     Args:
         store: where the volumes are.
@@ -78,7 +89,11 @@ class ViewPipeline:
         device_id: GPU that holds the results; None for the CPU.
         threads: of DALI, and of those that plan and open files ahead of it.
         prefetch: steps that DALI prepares ahead while one is used.
-    Raises: UserError for settings that do not fit together and, while iterating, for a volume that cannot be read.
+        sampling: how cases are dealt and crops placed; see `Sampling`.
+        on_error: "substitute" goes on without a volume that cannot be read and says so once, "raise" ends the run.
+        unreadable: case id -> why, of volumes that are known to be damaged.
+    Raises: UserError for settings that do not fit together and, while iterating, for a volume that cannot be read
+        (on_error="raise") or where none is left.
     """
 
     def __init__(
@@ -97,6 +112,9 @@ class ViewPipeline:
         device_id: int | None = None,
         threads: int = 2,
         prefetch: int = 2,
+        sampling: Sampling = Sampling(),  # noqa: B008
+        on_error: str = "substitute",
+        unreadable: Mapping[str, str] = {},
     ) -> None:
         for what, value in {"world_size": world_size, "accumulation": accumulation, "threads": threads}.items():
             if value < 1:
@@ -111,7 +129,17 @@ class ViewPipeline:
                 f"global batch {global_batch} cannot be dealt to {world_size} ranks x {accumulation} micro batches; "
                 f"take a multiple of {world_size * accumulation}"
             )
-        self.planner = Planner(cases, spec, seed, global_batch=global_batch)
+        self.planner = Planner(
+            cases,
+            spec,
+            seed,
+            global_batch=global_batch,
+            crops_per_visit=sampling.crops_per_visit,
+            groups=data_sets(cases, sampling.weights),
+            weights=sampling.weights or None,
+            foreground=sampling.foreground,
+        )
+        self._left_out = LeftOut(self.planner.cases, on_error, unreadable)
         self.spec = spec
         self.split = split
         self._store = store
@@ -121,29 +149,40 @@ class ViewPipeline:
         self._slots = [
             (k * world_size + rank) * self._micro + i for k in range(accumulation) for i in range(self._micro)
         ]
-        self._next_step = start_step  # that nobody has been asked to plan
-        self._ahead: deque[list[Future[Slot]]] = deque()
-        # What DALI has been sent and has not given back: the plans go out with the batch, and files and arrays must
-        # live until then: DALI 2.4 reads them where they are, from threads of its own, until it is shut down.
-        self._sent: deque[list[Slot]] = deque()
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="voxtrast-reader")
         # For pipelines that are dropped without close(); not waiting, as any thread may be the one that drops it.
         weakref.finalize(self, self._readers.shutdown, wait=False, cancel_futures=True)
-        self._pipeline: Pipeline | None
-        self._pipeline, self._outputs = build_pipeline(
+        self._build = functools.partial(
+            build_pipeline,
             spec,
-            _weak_source(self, self._sent),
             half=all(case.dtype == "float16" for case in self.planner.cases),
             slots=len(self._slots),
             threads=threads,
             device_id=device_id,
             prefetch=prefetch,
         )
+        self._step = start_step  # the next one to hand out
+        self._start()
+
+    def _start(self) -> None:
+        """A DALI pipeline that begins with the next step to hand out."""
+        self._pipeline: Pipeline | None = None
+        self._next_step = self._step  # that nobody has been asked to plan
+        self._ahead: deque[list[Future[Slot]]] = deque()
+        # What DALI has been sent and has not given back: the plans go out with the batch, and files and arrays must
+        # live until then: DALI 2.4 reads them where they are, from threads of its own, until it is shut down.
+        self._sent: deque[list[Slot]] = deque()
+        self._pipeline, self._outputs = self._build(_weak_source(self, self._sent))
 
     @property
     def excluded(self) -> list[tuple[Case, str]]:
         """The cases that are too small for the crop, each with the reason."""
         return self.planner.excluded
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Why volumes were left out in the course of the run, by case id."""
+        return self._left_out.reasons
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
@@ -152,16 +191,34 @@ class ViewPipeline:
         if self._pipeline is None:
             raise UserError("this view pipeline was closed; build a new one, with start_step where the old one stopped")
         stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id)
-        try:
-            lists = self._pipeline.run(stream)
-        except Exception as error:
-            self.close()  # a step is missing now: nobody may go on as if it were not
-            if isinstance(error, UserError) or "voxtrast_" not in str(error):
-                raise
-            raise UserError(f"{_own_words(error)}; check the store with `voxtrast prepare --check STORE`") from error
+        while True:
+            try:
+                lists = self._pipeline.run(stream)
+                break
+            except Exception as error:
+                self._recover(error)
+        self._step += 1
         views = {name: torch.from_dlpack(item.as_tensor()) for name, item in zip(self._outputs, lists, strict=True)}
         plans = [slot.plan for slot in self._sent.popleft()]
         return [self._batch(views, plans, k * self._micro) for k in range(self._accumulation)]
+
+    def _recover(self, error: Exception) -> None:
+        """Begins the step again without the volume that could not be read; raises what is something else."""
+        said = str(error)
+        own = isinstance(error, UserError) or "voxtrast_" not in said
+        try:
+            if own:
+                raise error
+            case = _CASE.search(said)
+            wrong = UserError(f"{_own_words(said)}; check the store with `voxtrast prepare --check STORE`")
+            if case is None:
+                raise wrong from error
+            self._left_out.add(int(case[1]), wrong)
+        except Exception:
+            self.close()  # a step is missing now: nobody may go on as if it were not
+            raise
+        self._forget()
+        self._start()
 
     def _batch(self, views: dict[str, Tensor], plans: list[Plan], first: int) -> Batch:
         rows = slice(first, first + self._micro)
@@ -173,6 +230,12 @@ class ViewPipeline:
             if view.displacement:
                 affines = np.stack([field_affine(plan, name, len(self.spec.crop)) for plan in plans[rows]])
                 batch["affine"] = torch.from_numpy(affines).to(device)
+            taken = [plan.views[name] for plan in plans[rows]]
+            if any(view.flips):
+                flips = [drawn.flips[-len(self.spec.crop) :] for drawn in taken]
+                batch[f"{name}_flips"] = torch.tensor(flips, device=device)
+            if view.quarter_turns:
+                batch[f"{name}_quarter_turns"] = torch.tensor([drawn.quarter_turns for drawn in taken], device=device)
         if len(self.spec.crop) == 2:
             batch["position"] = torch.tensor([plan.position for plan in plans[rows]], device=device)
         batch["case"] = [self.planner.cases[plan.case_index].id for plan in plans[rows]]
@@ -183,18 +246,21 @@ class ViewPipeline:
         """One step for DALI; called in the thread that iterates, one by one."""
         while len(self._ahead) < 2:  # this step, and the one that the readers turn to meanwhile
             # Not self: readers must not keep it alive.
-            job = (self._store, self.planner, self.split, self._next_step)
+            job = (self._store, self.planner, self._left_out, self.split, self._next_step)
             self._ahead.append([self._readers.submit(_prepare_slot, *job, slot) for slot in self._slots])
             self._next_step += 1
         return [future.result() for future in self._ahead.popleft()]
 
     def close(self) -> None:
         """Ends the readers and releases what DALI holds; batches already handed out stay valid."""
+        self._forget()
+        self._readers.shutdown(wait=True, cancel_futures=True)
+
+    def _forget(self) -> None:
         for futures in self._ahead:
             for future in futures:
                 future.cancel()
         self._ahead.clear()
-        self._readers.shutdown(wait=True, cancel_futures=True)
         self._pipeline = None
         self._sent = deque()  # DALI's source holds the old one, until DALI itself is gone
 
@@ -213,21 +279,29 @@ def _weak_source(owner: ViewPipeline, sent: deque[list[Slot]]) -> Source:
     What was sent is kept alive instead, for as long as DALI keeps this function: beyond its own shutdown.
     """
     reference = weakref.ref(owner)
+    has_functions = bool(functions_of(owner.spec))
 
-    def source() -> tuple[list[NDArray[np.int64]], list[NDArray[np.uint8]]]:
+    def source() -> tuple[list[NDArray[Any]], ...]:
         alive = reference()
         assert alive is not None, "DALI asks for a step within the owner's own run only"
         slots = alive._source()
         sent.append(slots)
-        return [slot.volume.description for slot in slots], [slot.plan_bytes for slot in slots]
+        inputs = [slot.volume.description for slot in slots], [slot.plan_bytes for slot in slots]
+        return (*inputs, [slot.numbers for slot in slots]) if has_functions else inputs
 
     return source
 
 
-def _prepare_slot(store: Store, planner: Planner, split: str, step: int, slot: int) -> Slot:
-    plan = planner.plan(step, slot, split)
-    volume = OpenVolume(store, planner.cases[plan.case_index])
-    return Slot(plan, volume, np.frombuffer(plan.to_bytes(), np.uint8))
+def _prepare_slot(store: Store, planner: Planner, left_out: LeftOut, split: str, step: int, slot: int) -> Slot:
+    while True:
+        plan = planner.plan(step, slot, split, without=left_out.indices)
+        try:
+            volume = OpenVolume(store, planner.cases[plan.case_index])
+        except UserError as error:
+            left_out.add(plan.case_index, error)
+            continue
+        numbers = draw_numbers(functools.partial(planner.generator, split, step, slot), planner.spec)
+        return Slot(plan, volume, np.frombuffer(plan.to_bytes(), np.uint8), numbers)
 
 
 def field_affine(plan: Plan, name: str, dimensions: int) -> NDArray[np.float64]:
@@ -238,7 +312,7 @@ def field_affine(plan: Plan, name: str, dimensions: int) -> NDArray[np.float64]:
     return affine[-dimensions:, -dimensions - 1 :]
 
 
-def _own_words(error: Exception) -> str:
+def _own_words(said: str) -> str:
     """What our operator said, without DALI's account of where."""
-    _, _, said = str(error).partition("encountered:")
-    return (said or str(error)).strip().partition("\n")[0]
+    own = said.partition("encountered:")[2] or said
+    return _CASE.sub("", own).strip().partition("\n")[0]

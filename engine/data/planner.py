@@ -7,7 +7,7 @@ for bit wherever the C library's mathematics are.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,6 +161,8 @@ class Planner:
         groups: case id -> name of its data set, for `weights`.
         weights: share of each data set in the visits, by name; positive, to be divided by their sum. Each data set
             walks through epochs of its own. Without, the cases are one data set.
+        foreground: probability that a box which may lie anywhere is drawn around a voxel that shows something
+            (Case.foreground): that voxel lies in the middle half of the box, as far as the volume allows.
     Raises: UserError for a specification that cannot be met, or where no case is large enough.
     """
 
@@ -174,6 +176,7 @@ class Planner:
         crops_per_visit: int = 1,
         groups: Mapping[str, str] | None = None,
         weights: Mapping[str, float] | None = None,
+        foreground: float = 0.0,
     ) -> None:
         check_spec(spec)
         if not 0 <= seed < 2**64:
@@ -181,37 +184,62 @@ class Planner:
         for what, count in {"global batch": global_batch, "crops per visit": crops_per_visit}.items():
             if not 1 <= count < 2**31:
                 raise UserError(f"{what} {count}: expected at least 1, and less than 2^31")
+        if not 0 <= foreground <= 1:
+            raise UserError(f"foreground {foreground}: expected a probability from 0 to 1")
         self.spec, self.seed, self.global_batch = spec, seed, global_batch
         try:
             declared = native().ViewSpec(spec)
             self.cases, self.excluded = _plannable(cases, spec, declared)
             numbers, shares = _mixture(self.cases, groups or {}, weights)
+            self._same_set = [[i for i, n in enumerate(numbers) if n == number] for number in range(len(shares))]
+            self._set_of = numbers
             intensities = [[case.intensity[key] for key in ("low", "high", "background")] for case in self.cases]
             shapes = [case.shape for case in self.cases]
+            places = _places(self.cases, foreground)
             self._native = native().Planner(
-                declared, shapes, intensities, numbers, shares, seed, global_batch, crops_per_visit
+                declared, shapes, intensities, numbers, shares, seed, global_batch, crops_per_visit, foreground, places
             )
         except ValueError as error:
             raise UserError(str(error)) from None
 
-    def plan(self, step: int, slot: int, split: str = "train") -> Plan:
-        """Any thread may ask, in any order, and others run meanwhile."""
+    def plan(self, step: int, slot: int, split: str = "train", *, without: Collection[int] = ()) -> Plan:
+        """Any thread may ask, in any order, and others run meanwhile.
+
+        `without`: cases that cannot be read. A slot that was dealt one of them takes another of the same data set:
+        the first that is not among them in an order keyed by (seed, split, step, slot), whatever came to light when.
+
+        Raises: UserError where no case is left.
+        """
         if not (0 <= step < 2**32 and 0 <= slot < 2**32):
             raise UserError(f"step {step}, slot {slot}: expected whole numbers from 0 to 2^32 - 1")
-        return Plan.of(self._native.plan(step, slot, split))
+        plan = self._native.plan(step, slot, split)
+        if plan.case_index in without:
+            plan = self._native.plan_of(
+                self._substitute(plan.case_index, step, slot, split, without), step, slot, split
+            )
+        return Plan.of(plan)
+
+    def _substitute(self, case: int, step: int, slot: int, split: str, without: Collection[int]) -> int:
+        others = self._same_set[self._set_of[case]]
+        for place in self.generator(split, step, slot, "substitute").permutation(len(others)):
+            if others[place] not in without:
+                return others[place]
+        raise UserError(
+            f"none of the {len(others)} volumes of a data set can be read any more; check the store with "
+            "`voxtrast prepare --check STORE`"
+        )
+
+    def generator(self, split: str, step: int, slot: int, purpose: str) -> np.random.Generator:
+        """numpy's, for what is drawn in Python: of each (seed, split, step, slot, purpose) another one."""
+        key = np.array([self.seed, _word(split)], np.uint64)
+        counter = np.array([0, _word(purpose), slot, step], np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
     @property
     def visits_in_a_block(self) -> list[int]:
         """Of each data set, in the order of their names: in every run of as many visits as their sum."""
         visits: list[int] = self._native.visits_in_a_block
         return visits
-
-    def generator(self, split: str, step: int, slot: int, stream: str) -> np.random.Generator:
-        """numpy's generator of each (seed, split, step, slot, stream), for noise that is drawn in Python."""
-        key = np.array([self.seed, _word(split)], np.uint64)
-        return np.random.Generator(
-            np.random.Philox(key=key, counter=np.array([0, _word(stream), slot, step], np.uint64))
-        )
 
 
 def _plannable(cases: Sequence[Case], spec: ViewSpec, declared: Any) -> tuple[list[Case], list[tuple[Case, str]]]:
@@ -247,6 +275,18 @@ def _mixture(
         if name not in {groups[case.id] for case in cases}:
             raise UserError(f"data set {name!r} has a weight and no usable case; leave it out, or prepare volumes")
     return [names.index(groups[case.id]) for case in cases], [float(weights[name]) for name in names]
+
+
+def _places(cases: Sequence[Case], foreground: float) -> list[tuple[tuple[int, ...], ...]]:
+    if foreground <= 0:
+        return [()] * len(cases)
+    for case in cases:
+        if not case.foreground:
+            raise UserError(
+                f"sampling.foreground {foreground}: the index does not say where case {case.id} shows something (it "
+                "was prepared by an older version); prepare into a new folder, or set it to 0"
+            )
+    return [case.foreground for case in cases]
 
 
 def _word(text: str) -> int:

@@ -58,6 +58,7 @@ class Case:
     label_classes: tuple[int, ...] = ()  # values in the stored label, without the background 0
     label_source: str | None = None  # path relative to RAW
     label_source_sha256: str | None = None
+    foreground: tuple[tuple[int, ...], ...] = ()  # voxels (d, h, w) that show something; none in stores of before
 
     def as_line(self) -> str:
         return json.dumps(asdict(self), allow_nan=False)
@@ -73,7 +74,8 @@ class Case:
             raise ValueError(f"unknown field {unknown[0]!r}")
         for name in ("shape", "spacing_mm", "label_classes"):
             values[name] = tuple(values[name]) if name in values else ()
-        values["affine"] = tuple(tuple(row) for row in values.get("affine", ()))
+        for name in ("affine", "foreground"):
+            values[name] = tuple(tuple(row) for row in values.get(name, ()))
         case = Case(**values)
         if len(case.shape) != 3 or len(case.spacing_mm) != 3 or [len(row) for row in case.affine] != [4] * 4:
             raise ValueError("shape, spacing_mm or affine has the wrong length")
@@ -126,6 +128,17 @@ class Store:
     def _map(self, file: Path, shape: tuple[int, ...], dtype: str) -> np.memmap:
         with open_array(file, shape, dtype) as stream:  # one opening for check and map: a file may vanish in between
             return np.memmap(stream, dtype, mode="r", offset=stream.tell(), shape=shape)
+
+    def damaged(self, contents: bool) -> dict[str, str]:
+        """As `verify`, of the volumes alone and all of them: case id -> what is wrong with its file."""
+        found: dict[str, str] = {}
+        for case in self.cases:
+            file, dtype, expected = case_files(self.path, case)[0]
+            try:
+                check_file(file, case.shape, dtype, expected if contents else None)
+            except UserError as error:
+                found[case.id] = str(error)
+        return found
 
     def verify(self, contents: bool) -> None:
         """Check that the files are those that the index describes.

@@ -23,7 +23,7 @@ from ..errors import UserError
 RESERVED_NAMES = ("displacement", "mask", "affine", "case", "origin", "position")
 # A spline whose control points move further than their distance divided by this may fold (Choi and Lee, 2000).
 FOLDS_BEYOND = {2: 2.046, 3: 2.479}
-STEPS = tuple(item.name for item in fields(AppearanceRanges) if item.name not in ("order", "same_choice"))
+STEPS = tuple(item.name for item in fields(AppearanceRanges) if item.name not in ("order", "functions", "same_choice"))
 
 Bounds = tuple[str, Sequence[float], float, float]  # what, its values in rising order, smallest, largest
 
@@ -37,7 +37,7 @@ def check_spec(spec: ViewSpec) -> None:
         raise UserError("the view specification names no view; expected at least one")
     outputs: dict[str, str] = {}  # and the view that each comes from
     for name, view in spec.views.items():
-        for output in (name, f"{name}_clean") if view.clean else (name,):
+        for output in outputs_of(name, view):
             if not name or output in RESERVED_NAMES:
                 raise UserError(
                     f"view {name!r}: the name is taken by the batch itself; choose none of {RESERVED_NAMES}"
@@ -49,6 +49,12 @@ def check_spec(spec: ViewSpec) -> None:
     asking = [name for name, view in spec.views.items() if view.displacement]
     if len(asking) > 1:
         raise UserError(f"views {asking} all ask for a displacement, and a batch holds one; leave it on for one view")
+
+
+def outputs_of(name: str, view: View) -> list[str]:
+    """What a batch holds of a view, under these names."""
+    wanted = {"clean": view.clean, "flips": any(view.flips), "quarter_turns": view.quarter_turns}
+    return [name, *(f"{name}_{what}" for what, is_wanted in wanted.items() if is_wanted)]
 
 
 def _check_view(name: str, view: View, spec: ViewSpec) -> None:

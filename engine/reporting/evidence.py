@@ -16,6 +16,7 @@ from ...kernels import warp
 from ...methods import Method, build_network
 from ...methods.backbone import BackboneConfig
 from ..data.pipeline import ViewPipeline
+from ..data.sampling import of_validation
 from ..data.store import Case, Store
 from ..downstream.evaluation import predict
 from ..errors import UserError
@@ -64,6 +65,8 @@ def match_pairs(run: LoadedRun) -> list[MatchedPair]:
         split="validation",
         global_batch=config.train.global_batch,
         threads=1,
+        sampling=of_validation(config.sampling),
+        on_error=config.loader.on_error,
     ) as views:
         for [batch] in itertools.islice(views, config.validation.batches):
             if "displacement" not in batch:

@@ -229,16 +229,18 @@ def test_a_run_refused_before_its_first_checkpoint_begins_again_with_other_setti
     assert pretrain(tiny_store, run, "train.steps=1").returncode == 0
 
 
-def test_a_store_that_changed_is_refused_by_checksum(tiny_store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_error", ["raise", "substitute"])
+def test_a_volume_that_changed_is_found_by_its_checksum(on_error: str, tiny_store: Path, tmp_path: Path) -> None:
     volume = sorted((tiny_store / "volumes").iterdir())[2]
     content = volume.read_bytes()
     try:
         volume.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        done = pretrain(tiny_store, tmp_path / "run", "train.steps=1")
+        done = pretrain(tiny_store, tmp_path / "run", "train.steps=1", f"loader.on_error={on_error}")
     finally:
         volume.write_bytes(content)
-    assert done.returncode == 2
+    assert done.returncode == (2 if on_error == "raise" else 0), done.stderr
     assert volume.name in done.stderr
+    assert done.stderr.count("left out:") == (on_error == "substitute")
     assert "Traceback" not in done.stderr
 
 

@@ -92,7 +92,8 @@ def test_what_dali_reads_lives_as_long_as_dali(store: Store) -> None:
 
 def test_a_volume_that_vanished_is_named(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", [(20, 20, 20), (20, 20, 20)])
-    with ViewPipeline(store, store.cases, ViewSpec((16, 16, 16), COVER), seed=1, global_batch=2) as pipeline:
+    spec = ViewSpec((16, 16, 16), COVER)
+    with ViewPipeline(store, store.cases, spec, seed=1, global_batch=2, on_error="raise") as pipeline:
         next(pipeline)
         (store.path / "volumes" / "case1.npy").unlink()
         with pytest.raises(UserError, match=r"case1\.npy.*prepare"):

@@ -160,7 +160,7 @@ def test_missing_cuda_headers_are_named(tmp_path: Path, monkeypatch: pytest.Monk
     assert (native.cuda_headers() / "cuda_runtime.h").is_file()
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=r"cuda_runtime\.h .*not found.*pip install nvidia-cuda-runtime"):
+    with pytest.raises(UserError, match=r"cuda_runtime\.h, .*not found.*pip install nvidia-cuda-runtime"):
         native.cuda_headers()
 
 
