@@ -55,6 +55,7 @@ struct alignas(8) SampleJob {
   int32_t region_size[3];
   float background;
   double to_volume[12], lower[3];  // of the view; of the region in the volume
+  float step[3];                   // along a row of the view
   int32_t nearest, straight;       // straight: rows along those of the region, without a deformation
   int32_t points[3];               // control points; 0 where there is no deformation
   Offset shift, cells[3];          // cells: (size[axis]) SplineCell
@@ -62,8 +63,8 @@ struct alignas(8) SampleJob {
   float* displacement[3];
   float* mask;
   int32_t with_field;
-  float linear[9];
-  double psi[12], partner_low[3], partner_high[3], volume_low[3], volume_high[3];
+  float linear[9], psi_step[3], partner_low[3], partner_high[3];  // indices of the partner's first and last voxels
+  double psi[12], volume_low[3], volume_high[3];
 };
 
 struct alignas(8) FinishJob {

@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include "../elastic.h"
+#include "../view.h"
 #include "voxelwise.cuh"
 
 namespace voxtrast {
@@ -47,16 +48,18 @@ __device__ inline void collapse_control_points(const SampleJob& job, const uint8
   }
 }
 
-__device__ inline void shift_of(const SampleJob& job, const uint8_t* block, const float* rows, uint32_t row, int32_t w,
+__device__ inline void shift_of(const SampleJob& job, const uint8_t* block, const float* rows, const Quad& quad, int k,
                                 float (&shift)[3]) {
-  const SplineCell& cell = table<SplineCell>(block, job.cells[2])[w];
+  shift[0] = shift[1] = shift[2] = 0.0f;
+  if (job.points[0] == 0) return;
+  const uint32_t first_row = blockIdx.x * uint32_t(kTile) / uint32_t(job.pass.size[2]);
+  const uint32_t row = uint32_t(quad.d[k] * job.pass.size[1] + quad.h[k]) - first_row;
+  const SplineCell& cell = table<SplineCell>(block, job.cells[2])[quad.w[k]];
   const float* control = rows + row * 3 * uint32_t(job.points[2]) + cell.first;
 #pragma unroll
-  for (int component = 0; component < 3; ++component) {
-    shift[component] = 0.0f;
+  for (int component = 0; component < 3; ++component)
 #pragma unroll
-    for (int k = 0; k < 4; ++k) shift[component] += cell.weight[k] * control[component * job.points[2] + k];
-  }
+    for (int m = 0; m < 4; ++m) shift[component] += cell.weight[m] * control[component * job.points[2] + m];
 }
 
 template <typename T>
@@ -96,11 +99,10 @@ __device__ inline float interpolate(const SampleJob& job, const RegionPlace& at)
   return between(column[0], column[1], at.fraction[2]);
 }
 
-// Where a thread's voxels are read: `start` is exact at the voxel `origin` of a row.
+// Where a thread's voxels are read, from the voxel `origin` of a row on.
 struct Coordinates {
-  double whole[3];
+  int32_t whole[3], origin;
   float rest[3];
-  int32_t origin;
   bool straight;
 
   __device__ void begin(const SampleJob& job, const Quad& quad, int k) {
@@ -110,9 +112,10 @@ struct Coordinates {
     for (int axis = 0; axis < 3; ++axis) {
       const double start = along_row(job.to_volume, axis, quad.d[k], quad.h[k], origin) - job.lower[axis] +
                            (job.nearest ? 0.5 : 0.0);
-      whole[axis] = floor(start);
-      rest[axis] = static_cast<float>(start - whole[axis]);
-      straight = straight && whole[axis] == start;
+      const double below = floor(start);
+      whole[axis] = static_cast<int32_t>(below);
+      rest[axis] = static_cast<float>(start - below);
+      straight = straight && below == start;
     }
   }
 
@@ -120,69 +123,82 @@ struct Coordinates {
     RegionPlace place;
 #pragma unroll
     for (int axis = 0; axis < 3; ++axis) {
-      const float step = static_cast<float>(job.to_volume[4 * axis + 2]);
-      const float moved = rest[axis] + static_cast<float>(w - origin) * step + shift[axis], below = floorf(moved);
-      place.whole[axis] = static_cast<int32_t>(whole[axis]) + static_cast<int32_t>(below);
+      const float moved = rest[axis] + static_cast<float>(w - origin) * job.step[axis] + shift[axis];
+      const float below = floorf(moved);
+      place.whole[axis] = whole[axis] + static_cast<int32_t>(below);
       place.fraction[axis] = moved - below;
     }
     return place;
   }
 };
 
-struct FieldValues {
-  float psi[3][kQuad], mask[kQuad];
-};
-
-__device__ inline void field_at(const SampleJob& job, const Quad& quad, int k, const float (&shift)[3],
-                                FieldValues& field) {
-  bool valid = true;
-  const int32_t index[3] = {quad.d[k], quad.h[k], quad.w[k]};
-#pragma unroll
-  for (int axis = 0; axis < 3; ++axis) {
-    float psi = 0.0f;
-#pragma unroll
-    for (int other = 0; other < 3; ++other) psi += job.linear[3 * axis + other] * shift[other];
-    psi += static_cast<float>(along_row(job.psi, axis, quad.d[k], quad.h[k], quad.w[k]));
-    field.psi[axis][k] = psi;
-    // Limits move along instead of the point: they are small numbers.
-    valid = valid && psi >= static_cast<float>(job.partner_low[axis] - index[axis]) &&
-            psi <= static_cast<float>(job.partner_high[axis] - index[axis]);
-    const double place = along_row(job.to_volume, axis, quad.d[k], quad.h[k], quad.w[k]);
-    valid = valid && shift[axis] >= static_cast<float>(job.volume_low[axis] - place) &&
-            shift[axis] <= static_cast<float>(job.volume_high[axis] - place);
-  }
-  field.mask[k] = valid ? 1.0f : 0.0f;
-}
-
-__device__ inline void store_field(const SampleJob& job, const Quad& quad, const FieldValues& field) {
-#pragma unroll
-  for (int axis = 0; axis < 3; ++axis)
-    if (job.displacement[axis] != nullptr) store_quad(job.displacement[axis], quad, field.psi[axis]);
-  if (job.mask != nullptr) store_quad(job.mask, quad, field.mask);
-}
-
 template <typename T>
 __device__ inline void sample_quad(const SampleJob& job, const uint8_t* block, const float* control, const Quad& quad,
                                    float (&values)[kQuad]) {
-  const uint32_t first_row = blockIdx.x * uint32_t(kTile) / uint32_t(job.pass.size[2]);
   Coordinates coordinates;
-  FieldValues field;
 #pragma unroll
   for (int k = 0; k < kQuad; ++k) {
     if (k >= quad.count) break;
     if (k == 0 || quad.w[k] == 0) coordinates.begin(job, quad, k);
-    float shift[3] = {0.0f, 0.0f, 0.0f};
-    if (job.points[0] > 0) {
-      const uint32_t row = uint32_t(quad.d[k] * job.pass.size[1] + quad.h[k]) - first_row;
-      shift_of(job, block, control, row, quad.w[k], shift);
-    }
+    float shift[3];
+    shift_of(job, block, control, quad, k, shift);
     const RegionPlace place = coordinates.at(job, quad.w[k], shift);
     // A voxel that is one of the region's is copied: no neighbour has a say, nor what is not a number there.
     values[k] = job.nearest || coordinates.straight ? nearest<T>(job, place) : interpolate<T>(job, place);
-    if (job.with_field) field_at(job, quad, k, shift, field);
   }
-  if (job.with_field) store_field(job, quad, field);
   if (job.clean != nullptr) store_quad(job.clean, quad, values);
+}
+
+constexpr float kBorder32 = static_cast<float>(kBorder);
+
+// psi from the voxel `origin` of a row on, and how far the deformation may go there without leaving the volume.
+struct FieldStart {
+  int32_t origin;
+  float psi[3], volume_low[3], volume_high[3];
+
+  __device__ void begin(const SampleJob& job, const Quad& quad, int k) {
+    origin = quad.w[k];
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) {
+      const double place = along_row(job.to_volume, axis, quad.d[k], quad.h[k], origin);
+      psi[axis] = static_cast<float>(along_row(job.psi, axis, quad.d[k], quad.h[k], origin));
+      volume_low[axis] = static_cast<float>(job.volume_low[axis] - place);
+      volume_high[axis] = static_cast<float>(job.volume_high[axis] - place);
+    }
+  }
+};
+
+__device__ inline void make_field(const SampleJob& job, const uint8_t* block, const float* control, const Quad& quad) {
+  FieldStart start;
+  float psi[3][kQuad], mask[kQuad];
+#pragma unroll
+  for (int k = 0; k < kQuad; ++k) {
+    if (k >= quad.count) break;
+    if (k == 0 || quad.w[k] == 0) start.begin(job, quad, k);
+    float shift[3];
+    shift_of(job, block, control, quad, k, shift);
+    const float along = static_cast<float>(quad.w[k] - start.origin);
+    const int32_t index[3] = {quad.d[k], quad.h[k], quad.w[k]};
+    bool valid = true;
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) {
+      float here = along * job.psi_step[axis];
+#pragma unroll
+      for (int other = 0; other < 3; ++other) here += job.linear[3 * axis + other] * shift[other];
+      here += start.psi[axis];
+      psi[axis][k] = here;
+      // Limits move along instead of the point, as whole numbers up to the border.
+      const float position = along * job.step[axis] + shift[axis], at = static_cast<float>(index[axis]);
+      valid = valid && here >= (job.partner_low[axis] - at) - kBorder32 &&
+              here <= (job.partner_high[axis] - at) + kBorder32 &&
+              position >= start.volume_low[axis] && position <= start.volume_high[axis];
+    }
+    mask[k] = valid ? 1.0f : 0.0f;
+  }
+#pragma unroll
+  for (int axis = 0; axis < 3; ++axis)
+    if (job.displacement[axis] != nullptr) store_quad(job.displacement[axis], quad, psi[axis]);
+  if (job.mask != nullptr) store_quad(job.mask, quad, mask);
 }
 
 // grid (tiles, slots). Shared memory: facts of the steps; control points of the rows of a tile.
@@ -202,6 +218,7 @@ __global__ void __launch_bounds__(kViewThreads) sample_views(const uint8_t* bloc
   __syncthreads();
   const Quad quad = quad_of(job.pass);
   float values[kQuad] = {};
+  if (quad.count > 0 && job.with_field) make_field(job, block, control, quad);
   if (quad.count > 0) sample_quad<T>(job, block, control, quad, values);
   finish_pass(job.pass, block, facts, quad, values);
 }

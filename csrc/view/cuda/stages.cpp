@@ -61,10 +61,7 @@ class SlotStages {
         facts_bytes(job.pass.run) + control_bytes(job));
     finish();
     while (next_ < plan_.steps.size()) {
-      if (!in_a_pass(plan_.steps[next_].kind)) {
-        move(plan_.steps[next_++]);
-        known_ = {};
-      }
+      if (!in_a_pass(plan_.steps[next_].kind)) move(plan_.steps[next_++]);
       const PassJob pass = next_pass();
       if (pass.run.step_count == 0 && pass.run.gathered == nullptr) continue;
       add_pass(pass);
@@ -126,7 +123,7 @@ class SlotStages {
 
   void add_pass(const PassJob& job) { add(ViewKernel::pass, job, tiles_of(voxels_), facts_bytes(job.run)); }
 
-  // What the last pass has gathered becomes what the next one knows.
+  // What the last pass has gathered becomes what the next one knows; nothing outlives a step that moves voxels.
   void finish() {
     known_ = {gathers_, gathers_};
     if (gathers_) add(ViewKernel::finish_statistics, FinishJob{gathered_, learned_, tiles_of(voxels_)}, 1,
@@ -142,6 +139,7 @@ class SlotStages {
     for (int axis = 0; axis < 3; ++axis) {
       job.region_size[axis] = static_cast<int32_t>(size[axis]);
       job.lower[axis] = static_cast<double>(region.box.lower[axis]);
+      job.step[axis] = static_cast<float>(plan_.to_volume[4 * axis + 2]);
     }
     if (scratch_.region == 0) return;
     smooth(region.voxels, region.type, smoothed_, size, plan_.antialias);
@@ -184,9 +182,10 @@ class SlotStages {
     for (int axis = 0; axis < 3; ++axis) {
       for (int other = 0; other < 3; ++other)
         job.linear[3 * axis + other] = static_cast<float>(plan_.from_volume[4 * axis + other]);
+      job.psi_step[axis] = static_cast<float>(psi[4 * axis + 2]);
       const bool asked = !(flat && axis == 0);
-      job.partner_low[axis] = asked ? -kBorder : -kFarthest;
-      job.partner_high[axis] = asked ? static_cast<double>(plan_.partner_size[axis] - 1) + kBorder : kFarthest;
+      job.partner_low[axis] = asked ? 0.0f : -static_cast<float>(kFarthest);
+      job.partner_high[axis] = static_cast<float>(asked ? static_cast<double>(plan_.partner_size[axis] - 1) : kFarthest);
       job.volume_low[axis] = -kBorder;
       job.volume_high[axis] = static_cast<double>(slot_.region.volume[axis] - 1) + kBorder;
       const int component = flat ? axis - 1 : axis;

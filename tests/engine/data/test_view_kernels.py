@@ -1,5 +1,9 @@
-"""The kernels that make views on a GPU, emulated: the very tests of the CPU, and what only a batch can do wrong."""
+"""The kernels that make views on a GPU: the very tests of the CPU, and what only a batch can do wrong.
 
+They run emulated, and where there is a GPU on that.
+"""
+
+import ctypes
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -8,8 +12,8 @@ import numpy as np
 import pytest
 import test_view_sampling
 import test_view_steps
-from emulated import Emulated, build
-from emulated_views import OUTPUTS, SOURCE, EmulatedViews
+import torch
+from emulated import build
 from test_view_sampling import (  # noqa: F401
     BAD,
     affine_about,
@@ -52,10 +56,10 @@ from test_view_steps import (  # noqa: F401
     test_noise_is_the_same_in_every_run,
     test_patches_are_exchanged_pair_after_pair,
     test_pixels_are_shuffled_inside_windows_of_the_view_as_it_was_and_the_last_window_wins,
-    test_steps_in_a_row_are_the_steps_one_after_the_other,
     test_the_clean_view_is_the_view_before_its_steps,
 )
 from view_interface import ViewCase, make_view
+from view_kernels import EMULATED_SOURCE, OUTPUTS, EmulatedKernels, GpuKernels, ViewKernels
 
 from voxtrast.engine.data import native
 
@@ -82,26 +86,34 @@ MOVES = ("low_resolution", "pixel_shuffle", "patch_swap", "in_paint", "out_paint
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return build(SOURCE, tmp_path_factory.mktemp("views"), (native.build(native.VIEWS),))
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return build(EMULATED_SOURCE, tmp_path_factory.mktemp("views"), (native.build(native.VIEWS),))
+
+
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 # Backwards, the order that nobody had in mind, is the one for every day.
-@pytest.fixture(params=[pytest.param("forwards", marks=pytest.mark.slow), "backwards"], autouse=True)
-def device(request: pytest.FixtureRequest, library: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedViews]:
-    """The emulated GPU, which also makes the views of the CPU's tests."""
-    views = EmulatedViews(Emulated(library, backwards=request.param == "backwards"))
+@pytest.fixture(
+    params=[pytest.param("forwards", marks=pytest.mark.slow), "backwards", pytest.param("gpu", marks=ON_A_GPU)],
+    autouse=True,
+)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ViewKernels]:
+    """Where the kernels run; there the CPU's tests have their views made, too."""
+    views: ViewKernels
+    if request.param == "gpu":
+        views = GpuKernels(ctypes.CDLL(str(native.build(native.views_cuda_library()))))
+    else:
+        library = request.getfixturevalue("emulated_library")
+        views = EmulatedKernels(library, backwards=request.param == "backwards")
 
     def one(case: ViewCase, *wanted: str) -> dict[str, Any]:
-        try:
-            return views([case], *wanted)[0]
-        except RuntimeError as error:
-            raise ValueError(str(error)) from error
+        return views([case], *wanted)[0]
 
     monkeypatch.setattr(test_view_sampling, "make_view", one)
     monkeypatch.setattr(test_view_steps, "make_view", one)
     yield views
-    views.run.release()
+    views.release()
 
 
 def full_case(size: tuple[int, int, int] = (11, 13, 35), *names: str, half: bool = False, **changes: Any) -> ViewCase:
@@ -128,7 +140,7 @@ def assert_as_the_cpu(found: dict[str, Any], case: ViewCase, tolerance: float = 
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("size", [(11, 13, 35), (1, 20, 33), (1, 1, 1), (3, 1, 2), (12, 16, 40)])
-def test_every_output_is_that_of_the_cpu(device: EmulatedViews, size: tuple[int, int, int], half: bool) -> None:
+def test_every_output_is_that_of_the_cpu(device: ViewKernels, size: tuple[int, int, int], half: bool) -> None:
     case = full_case(size, "noise", "contrast", "gamma", "blur", half=half)
     if size[0] == 1:
         case = dataclasses.replace(case, to_volume=flat_affine(size, (9.0, 21.0), 8))
@@ -137,13 +149,35 @@ def test_every_output_is_that_of_the_cpu(device: EmulatedViews, size: tuple[int,
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_every_step_is_that_of_the_cpu(device: EmulatedViews, name: str) -> None:
+def test_every_step_is_that_of_the_cpu(device: ViewKernels, name: str) -> None:
     case = full_case((11, 13, 35), name, shift=None, to_volume=np.column_stack([np.eye(3), [2.0, 3.0, 4.0]]))
     (found,) = device([case])
     expected = make_view(case)["view"]
     if name in MOVES and name not in ("low_resolution", "in_paint", "out_paint"):
         assert np.array_equal(found["view"], expected)
     assert np.abs(found["view"] - expected).max() < 3e-6 * np.abs(expected).max()
+
+
+FOLLOWED = [
+    ("contrast", "brightness", "contrast"),
+    ("gamma", "brightness", "gamma", "bezier"),
+    ("gamma", "flipped", "gamma", "contrast"),
+    ("gamma", "blur", "gamma"),
+    ("contrast", "cut_out", "contrast", "gamma"),
+    ("bezier", "low_resolution", "bezier", "noise", "gamma"),
+]
+
+
+@pytest.mark.parametrize("names", FOLLOWED, ids="-".join)
+def test_statistics_are_followed_through_steps_or_gathered_anew(device: ViewKernels, names: tuple[str, ...]) -> None:
+    flipped = ("contrast", 15, [-0.8], [])
+    case = full_case(steps=[flipped if name == "flipped" else STEPS[name] for name in names])
+    assert_as_the_cpu(device([case])[0], case, 3e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_in_a_row_are_the_steps_one_after_the_other(seed: int) -> None:
+    test_view_steps.test_steps_in_a_row_are_the_steps_one_after_the_other(seed)
 
 
 def different_cases() -> list[ViewCase]:
@@ -158,7 +192,7 @@ def different_cases() -> list[ViewCase]:
     ]
 
 
-def test_a_batch_holds_the_views_that_each_slot_has_alone(device: EmulatedViews) -> None:
+def test_a_batch_holds_the_views_that_each_slot_has_alone(device: ViewKernels) -> None:
     cases = different_cases()
     together = device(cases, *OUTPUTS[1:])
     for case, found in zip(cases, together, strict=True):
@@ -167,7 +201,7 @@ def test_a_batch_holds_the_views_that_each_slot_has_alone(device: EmulatedViews)
         assert_as_the_cpu(found, case, 5 * CLOSE)
 
 
-def test_slots_share_launches(device: EmulatedViews) -> None:
+def test_slots_share_launches(device: ViewKernels) -> None:
     common = ("noise", "brightness", "contrast", "gamma")
     device([full_case((11, 13, 35), *common, slot=slot) for slot in range(5)])
     assert device.launches == {"sample_float32": 1, "finish_statistics": 1, "pass": 1}
@@ -176,22 +210,35 @@ def test_slots_share_launches(device: EmulatedViews) -> None:
     assert device.launches == {"sample_float32": 1, "smooth": 3, "finish_statistics": 2, "pass": 2}
 
 
-def test_steps_up_to_the_first_statistics_are_done_where_the_view_is_sampled(device: EmulatedViews) -> None:
+def test_steps_up_to_the_first_statistics_are_done_where_the_view_is_sampled(device: ViewKernels) -> None:
     case = full_case((11, 13, 35), "noise", "brightness", "bias_field", "in_paint", "out_paint", "cut_out")
     (found,) = device([case], "clean")
     assert device.launches == {"sample_float32": 1}
     assert_as_the_cpu(found, case)
 
 
-def test_the_order_of_threads_and_blocks_changes_no_bit(library: Any) -> None:
+def test_the_order_of_threads_and_blocks_changes_no_bit(device: ViewKernels, emulated_library: Any) -> None:
     cases = different_cases()
-    both = [EmulatedViews(Emulated(library, backwards=backwards))(cases, *OUTPUTS[1:]) for backwards in (False, True)]
-    for first, second in zip(*both, strict=True):
-        assert all(np.array_equal(first[name], second[name]) for name in OUTPUTS)
+    runs = [device(cases, *OUTPUTS[1:]) for _ in range(5 if isinstance(device, GpuKernels) else 1)]
+    if not isinstance(device, GpuKernels):
+        runs += [EmulatedKernels(emulated_library, backwards=way)(cases, *OUTPUTS[1:]) for way in (False, True)]
+    for run in runs[1:]:
+        for first, second in zip(runs[0], run, strict=True):
+            assert all(np.array_equal(first[name], second[name]) for name in OUTPUTS)
+
+
+def test_the_mask_reaches_the_border_of_a_long_row_too(device: ViewKernels) -> None:
+    size = (2, 2, 1500)
+    to_volume = affine_about(size, (50.0, 50.0, 1000.0), angles=(1.0, -2.0, 0.5))
+    inverse = np.linalg.inv(np.vstack([to_volume, [0, 0, 0, 1]]))[:3]
+    case = ViewCase(smooth((4, 4, 4)), size, to_volume, from_volume=inverse, volume=(100, 100, 2000))
+    (found,) = device([case], "displacement", "mask")
+    assert (found["mask"] == 1).all()
+    assert np.abs(found["displacement"]).max() < 1e-6
 
 
 @pytest.mark.parametrize("step", [1, -1])
-def test_what_is_not_a_number_stays_in_its_voxel_where_voxels_are_copied(device: EmulatedViews, step: int) -> None:
+def test_what_is_not_a_number_stays_in_its_voxel_where_voxels_are_copied(device: ViewKernels, step: int) -> None:
     region = smooth((6, 7, 30)).astype(np.float32)
     region[3, 4, 10] = np.nan
     region[2, 1, 20] = np.inf
@@ -200,14 +247,14 @@ def test_what_is_not_a_number_stays_in_its_voxel_where_voxels_are_copied(device:
     assert np.array_equal(device([case])[0]["view"], make_view(case)["view"], equal_nan=True)
 
 
-def test_a_view_of_nothing_but_nan_ends_like_the_cpus(device: EmulatedViews) -> None:
+def test_a_view_of_nothing_but_nan_ends_like_the_cpus(device: ViewKernels) -> None:
     names = ("contrast", "gamma", "bezier", "noise", "blur")
     case = full_case((5, 6, 7), *names)
     case.region[:] = np.nan
     assert np.array_equal(device([case])[0]["view"], make_view(case)["view"], equal_nan=True)
 
 
-def test_windows_that_cover_the_view_are_all_shuffled(device: EmulatedViews) -> None:
+def test_windows_that_cover_the_view_are_all_shuffled(device: ViewKernels) -> None:
     random = np.random.default_rng(0)
     sides = random.integers(1, 8, (300, 3))
     lower = random.integers(0, np.array([11, 13, 35]) - sides + 1)
@@ -218,27 +265,27 @@ def test_windows_that_cover_the_view_are_all_shuffled(device: EmulatedViews) -> 
 
 # The others do not come through the plan's own checks.
 @pytest.mark.parametrize("message", [message for message in BAD if "0 voxels" not in message])
-def test_a_plan_that_cannot_be_carried_out_is_refused(device: EmulatedViews, message: str) -> None:
+def test_a_plan_that_cannot_be_carried_out_is_refused(device: ViewKernels, message: str) -> None:
     case = dataclasses.replace(ViewCase(smooth((8, 8, 8)), (4, 4, 4)), **BAD[message])
     with pytest.raises(RuntimeError, match=message):
         device([case])
 
 
 @pytest.mark.parametrize("message", [message for message in BAD_STEPS if "kind" not in message])
-def test_a_step_that_cannot_be_carried_out_is_refused(device: EmulatedViews, message: str) -> None:
+def test_a_step_that_cannot_be_carried_out_is_refused(device: ViewKernels, message: str) -> None:
     kind, numbers, boxes = BAD_STEPS[message]
     with pytest.raises(RuntimeError, match=message):
         device([full_case((11, 13, 35), steps=[(kind, 0, numbers, boxes)])])
 
 
-def test_more_control_points_than_a_gpu_has_room_for_are_refused(device: EmulatedViews) -> None:
+def test_more_control_points_than_a_gpu_has_room_for_are_refused(device: ViewKernels) -> None:
     shift = np.zeros((3, 4, 4, 9000), np.float32)
     case = full_case((1, 1, 8), shift=shift, spacing=(1.0, 1.0, 0.001))
     with pytest.raises(RuntimeError, match=r"9000 control points along the last axis of 8 voxels.*further apart"):
         device([case])
 
 
-def test_an_axis_too_long_to_be_smoothed_is_refused(device: EmulatedViews) -> None:
+def test_an_axis_too_long_to_be_smoothed_is_refused(device: ViewKernels) -> None:
     case = ViewCase(np.zeros((1, 1, 30000), np.float32), (1, 1, 30000), steps=[STEPS["blur"]])
     with pytest.raises(RuntimeError, match="an axis of 30000 voxels is to be smoothed; a GPU has room for 24576"):
         device([case])
