@@ -13,9 +13,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..errors import UserError
+
+USUAL_PLACE = Path("/usr/local/cuda/bin/nvcc")
 
 
 class NoToolkit(UserError):
@@ -31,7 +31,7 @@ class Toolkit:
     def command(self, host_compiler: str) -> tuple[str, ...]:
         """Compiles one source, or links with -shared."""
         targets = (f"-gencode=arch=compute_{number},code=sm_{number}" for number in self.architectures)
-        library = Path(self.nvcc).resolve().parents[1] / "lib"  # of the wheel, where nvcc itself does not look
+        library = Path(self.nvcc).resolve().parents[1] / "lib"  # of the wheel, where nvcc does not look by itself
         return (
             *(self.nvcc, "-ccbin", host_compiler, "-O3", "-std=c++20", "-Xcompiler", "-fPIC", "-cudart", "static"),
             *targets,
@@ -39,8 +39,8 @@ class Toolkit:
         )
 
 
-def find_toolkit(dali_cuda: int) -> Toolkit:
-    """`dali_cuda`: the major version of CUDA that the installed DALI is made for. Raises: NoToolkit."""
+def find_toolkit(dali_cuda: int | None) -> Toolkit:
+    """`dali_cuda`: the major version of CUDA that the DALI here is made for, if there is one. Raises: NoToolkit."""
     if os.environ.get("VOXTRAST_CUDA") == "0":
         raise NoToolkit("VOXTRAST_CUDA=0 leaves CUDA out: unset it")
     architectures = _architectures()
@@ -50,11 +50,12 @@ def find_toolkit(dali_cuda: int) -> Toolkit:
     except (OSError, subprocess.CalledProcessError) as error:
         raise NoToolkit(f"{nvcc} --version fails ({error}): point CUDACXX at an nvcc that works") from None
     release = re.search(r"release (\d+)\.(\d+)", said)
-    if release is None or int(release[1]) != dali_cuda:
-        found = f"is of CUDA {release[1]}.{release[2]}" if release else "does not say of which CUDA it is"
+    if release is None:
+        raise NoToolkit(f"{nvcc} --version does not say of which CUDA it is: point CUDACXX at NVIDIA's nvcc")
+    if dali_cuda is not None and int(release[1]) != dali_cuda:
         raise NoToolkit(
-            f"{nvcc} {found}, and the DALI that is installed of CUDA {dali_cuda}: point CUDACXX at an nvcc of "
-            f"CUDA {dali_cuda}, or install the DALI for yours"
+            f"{nvcc} is of CUDA {release[1]}.{release[2]}, and the DALI that is installed of CUDA {dali_cuda}: point "
+            f"CUDACXX at an nvcc of CUDA {dali_cuda}, or install the DALI for yours"
         )
     return Toolkit(nvcc, f"{release[1]}.{release[2]}", architectures)
 
@@ -66,6 +67,8 @@ def _architectures() -> tuple[str, ...]:
         if not all(re.fullmatch(r"\d+[af]?", number) for number in numbers):
             raise UserError(f'VOXTRAST_CUDA_ARCHITECTURES={chosen}: expected compute capabilities such as "80;90"')
         return numbers
+    import torch  # on first use: who makes views on the CPU alone needs none
+
     if not torch.cuda.is_available():
         raise NoToolkit("torch finds no GPU here")
     devices = (torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
@@ -85,11 +88,11 @@ def _find_nvcc() -> str:
     places = [Path(home) / "bin" / "nvcc"] if home else []
     places += [Path(which)] if (which := shutil.which("nvcc")) else []
     places += [nvcc for wheel in wheels for nvcc in sorted(wheel.glob("*/bin/nvcc"), reverse=True)]
-    places.append(Path("/usr/local/cuda/bin/nvcc"))
+    places.append(USUAL_PLACE)
     for place in places:
         if os.access(place, os.X_OK):
             return str(place)
     raise NoToolkit(
         "nvcc not found (CUDACXX, CUDA_HOME, PATH, the wheel nvidia-cuda-nvcc): install a CUDA toolkit, or "
-        "pip install nvidia-cuda-nvcc"
+        "pip install nvidia-cuda-nvcc nvidia-cuda-cccl"
     )

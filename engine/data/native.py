@@ -15,6 +15,7 @@ import importlib.machinery
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -116,15 +117,19 @@ VIEWS = Library("views", ("view/*.cpp", "geometry/plan.cpp", "cpu/target.cpp"), 
 
 def views_cuda_library() -> Library:
     """Views on a GPU, to which the operators are linked where there is a CUDA compiler. Raises: NoToolkit."""
-    from nvidia.dali import __cuda_version__
+    try:
+        from nvidia.dali import __cuda_version__
 
-    toolkit = find_toolkit(int(str(__cuda_version__)[:2]))
+        dali_cuda: int | None = int(str(__cuda_version__)[:2])
+    except ImportError:
+        dali_cuda = None  # views without DALI, through csrc/view/cuda/c_interface.cpp
+    toolkit = find_toolkit(dali_cuda)
     return Library(
         "views_cuda",
         ("view/cuda/*.cu", "view/cuda/*.cpp"),
         links=(str(build(VIEWS)),),
         versions=(toolkit.release,),
-        nvcc=toolkit.command(compiler()[0]),
+        nvcc=toolkit.command(host[0] if len(host := compiler()) == 1 else "g++"),  # nvcc takes no command
     )
 
 
@@ -302,7 +307,7 @@ def _run(command: list[str]) -> tuple[int, str]:
 
 def _failure(library: Library, outputs: list[str], log: Path) -> UserError:
     lines = [line.strip() for output in outputs for line in output.splitlines()[1:]]
-    wrong = [line for line in lines if "error" in line or "undefined" in line or "not found" in line]
+    wrong = [line for line in lines if re.search("error|fatal|undefined|not found", line)]
     first = (wrong or lines or ["the compiler said nothing"])[0]
     used, remedy = _compiler_version(tuple(compiler())), "point CXX at g++ 11 or newer, or install voxtrast again"
     if library.nvcc:
