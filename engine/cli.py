@@ -1,4 +1,4 @@
-"""The command line: voxtrast prepare | pretrain | finetune | table | export | report | recipes | bench | demo."""
+"""The command line: voxtrast prepare | views | pretrain | finetune | table | export | report | recipes | bench | …"""
 
 import runpy
 import sys
@@ -72,6 +72,14 @@ def prepare(
 def pretrain(context: typer.Context) -> None:
     """Pretrain: RECIPE data=STORE output=RUN train.steps=N key=value ... (the same words as for the launchers)."""
     from .pretrain import main as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
+def views(context: typer.Context) -> None:
+    """Draw the views that a recipe makes of a store: RECIPE data=STORE --output views.png (--help says more)."""
+    from .views import main as run
 
     raise typer.Exit(run(context.args))
 

@@ -6,7 +6,6 @@ torchrun -m voxtrast.engine.pretrain RECIPE data=STORE output=RUN key=value ...
 """
 
 import argparse
-import itertools
 import os
 import signal
 import sys
@@ -23,7 +22,7 @@ from .errors import UserError
 from .runs import build_method, describe, open_cases
 from .trainer import Interrupted, Trainer
 
-REPORTED = 20  # damaged volumes, line by line
+REPORTED = 20  # volumes that are left out, line by line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,8 +73,7 @@ def pretrain(config: Config) -> None:
         aside = []
     ranks.on_first(lambda: _prepare_output(config))
     if ranks.first:
-        for case, reason in excluded:
-            print(f"left out: {case.id}: {reason}", file=sys.stderr)
+        _report([reason for _, reason in excluded])
         print(
             f"{config.recipe}: {len(cases)} volumes to train on, {len(aside)} held aside, {ranks.size} rank(s) on "
             f"{ranks.device.type}, {sum(p.numel() for p in method.parameters()) / 1e6:.2f} M parameters",
@@ -98,11 +96,15 @@ def _damaged(config: Config, store: Store) -> dict[str, str]:
         store.verify(contents)
         return {}
     damaged = store.damaged(contents)
-    for case, reason in itertools.islice(damaged.items(), REPORTED):
-        print(f"left out: {case}: {reason}", file=sys.stderr)
-    if len(damaged) > REPORTED:
-        print(f"left out: {len(damaged) - REPORTED} more; `voxtrast prepare --check` names them all", file=sys.stderr)
+    _report([f"{case}: {reason}" for case, reason in damaged.items()])
     return damaged
+
+
+def _report(left_out: list[str]) -> None:
+    for line in left_out[:REPORTED]:
+        print(f"left out: {line}", file=sys.stderr)
+    if len(left_out) > REPORTED:
+        print(f"left out: {len(left_out) - REPORTED} more", file=sys.stderr)
 
 
 def _prepare_output(config: Config) -> None:

@@ -34,8 +34,11 @@ def check_regular(path: Path) -> None:
         raise RejectedError("the file is empty (0 bytes)", COPY_AGAIN)
 
 
-def check_nifti(path: Path) -> None:
-    """Reject a NIfTI file that is damaged, short, not 3-D, has no usable spacing or values that are not finite."""
+def check_nifti(path: Path) -> bytes:
+    """Reject a NIfTI file that is damaged, short, not 3-D, has no usable spacing or values that are not finite.
+
+    Returns what it holds, unpacked.
+    """
     data = path.read_bytes()
     if data.startswith(GZIP_MAGIC):
         data = _decompress(data)
@@ -59,6 +62,7 @@ def check_nifti(path: Path) -> None:
         raise RejectedError(f"truncated: the header promises {needed} bytes, the file holds {len(data)}", COPY_AGAIN)
     if datatype in NIFTI_FLOATS:
         check_finite(np.frombuffer(data, order + NIFTI_FLOATS[datatype], voxels, start))
+    return data
 
 
 def _decompress(data: bytes) -> bytes:

@@ -26,6 +26,12 @@ def test_words_override_the_recipe_and_keep_their_types() -> None:
     assert config.train.steps == 90
 
 
+def test_data_sets_are_weighted_by_their_folders() -> None:
+    config = load_config("cover-tiny", [*WORDS, "sampling.weights.mr=2", "sampling.weights.ct/chest=0.5"])
+    assert config.sampling.weights == {"mr": 2.0, "ct/chest": 0.5}
+    assert differences(config, load_config("cover-tiny", WORDS))
+
+
 @pytest.mark.parametrize(
     ("word", "named"),
     [
@@ -61,6 +67,12 @@ def test_an_unknown_key_names_the_nearest_right_one(word: str, named: str) -> No
         ("optimizer.learning_rate=nan", "finite"),
         ("optimizer.learning_rate=1e999", "finite"),
         ("schedule.final_fraction=3", "final_fraction"),
+        ("sampling.foreground=1.5", "sampling.foreground"),
+        ("sampling.crops_per_visit=0", "more than 0"),
+        ("sampling.weights.mr=0", "sampling.weights.mr"),
+        ("sampling.weights.mr=often", "sampling.weights.mr"),
+        ("sampling=null", "sampling"),
+        ("loader.on_error=ignore", "substitute, raise"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_remedy(word: str, message: str) -> None:

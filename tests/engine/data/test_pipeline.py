@@ -13,6 +13,7 @@ from view_samples import COVER, EPSILON, WIDE, assert_same, make_store, slots, t
 
 from voxtrast.engine.data.pipeline import ViewPipeline, field_affine
 from voxtrast.engine.data.planner import Plan
+from voxtrast.engine.data.sampling import Sampling
 from voxtrast.engine.data.store import Case, Store
 from voxtrast.engine.errors import UserError
 from voxtrast.kernels import warp
@@ -258,6 +259,31 @@ EVERYTHING = {
                   displacement=True, displacement_to="small"),
     "small": View(size=[12, 14, 10], box=BoxRanges(sides=[[20, 18, 22]]), flips=[0.5, 0.5, 0.5]),
 }  # fmt: skip
+
+
+def test_every_kind_of_view_and_sampling_is_the_same_however_it_is_dealt_and_continued(store: Store) -> None:
+    spec = ViewSpec((24, 24, 24), EVERYTHING)
+    sampling = Sampling(crops_per_visit=3, weights={"a": 2.0, "b": 1.0}, foreground=0.5)
+    whole = take(store, spec, 5, sampling=sampling)
+    assert len({name for (batch,) in whole for name in batch["case"]}) == 3
+    for start, world_size, threads in ((0, 1, 4), (2, 2, 3), (3, 4, 1)):  # in the middle of an epoch and of a visit
+        settings = {"sampling": sampling, "start_step": start, "world_size": world_size, "threads": threads}
+        runs = [take(store, spec, 5 - start, rank=rank, **settings) for rank in range(world_size)]
+        for step in range(start, 5):
+            assert_same(joined(runs, step - start), whole[step][0])
+
+
+def test_flips_and_turns_come_with_the_views_that_have_them(store: Store) -> None:
+    views = {
+        "turned": View(flips=[0.5, 0.0, 0.5], quarter_turns=True),
+        "as_it_is": View(),
+    }
+    for plan, case, sample in slots(store, ViewSpec((12, 14, 14), views), 4):
+        assert sample["turned_flips"].tolist() == list(plan.views["turned"].flips)
+        undone = np.rot90(sample["turned"][0], -int(sample["turned_quarter_turns"]), axes=(1, 2))
+        axes = [axis for axis, flipped in enumerate(sample["turned_flips"]) if flipped]
+        np.testing.assert_array_equal(np.flip(undone, axes), sample["as_it_is"][0])
+        assert "as_it_is_flips" not in sample, case.id
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -1,7 +1,10 @@
 """A user's own functions inside the pipeline: what they get, and what they leave."""
 
 import functools
+import re
 import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,15 +24,27 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return varied_store(tmp_path_factory)
 
 
+@pytest.fixture
+def documented(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The module of docs/views.md, as a user would write it into a file."""
+    page = Path(__file__).parents[3] / "docs" / "views.md"
+    (script,) = [
+        each for each in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if "def stripes" in each
+    ]
+    module = types.ModuleType("documented_changes")
+    exec(compile(script, "views.md", "exec"), module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return f"{module.__name__}:stripes"
+
+
 def is_nothing_or_a_stripe(difference: NDArray[np.float32]) -> bool:
     return bool((np.minimum(np.abs(difference), np.abs(difference - 0.1)) < 1e-6).all() and difference.any())
 
 
-def test_the_example_of_the_documentation_however_the_batch_is_dealt(store: Store) -> None:
-    appearance = AppearanceRanges(functions=["my_changes:stripes"])
+def test_the_example_of_the_documentation(store: Store, documented: str) -> None:
+    appearance = AppearanceRanges(functions=[documented])
     spec = ViewSpec((16, 16, 16), {**COVER, "x": View(appearance=appearance, clean=True)})
-    steps = take(store, spec, 2)
-    batch = steps[0][0]
+    batch = take(store, spec, 1)[0][0]
     difference = (batch["x"] - batch["x_clean"])[:, 0].numpy()
     assert is_nothing_or_a_stripe(difference)
     striped = (difference > 0.05).all(axis=(2, 3))
@@ -38,7 +53,13 @@ def test_the_example_of_the_documentation_however_the_batch_is_dealt(store: Stor
     periods = [np.diff(np.flatnonzero(np.append(rows, True)))[0] for rows in striped]
     assert all(4 <= period <= 16 for period in periods)
     assert len(set(periods)) > 1, "every slot draws its own"
-    for whole, part in zip(steps, take(store, spec, 2, rank=1, world_size=2, threads=3), strict=True):
+
+
+@pytest.mark.slow
+def test_what_functions_draw_is_the_same_however_the_batch_is_dealt(store: Store, documented: str) -> None:
+    spec = ViewSpec((16, 16, 16), {"x": View(appearance=AppearanceRanges(functions=[documented]))})
+    parts = take(store, spec, 2, rank=1, world_size=2, threads=3)
+    for whole, part in zip(take(store, spec, 2), parts, strict=True):
         assert_same({key: item[2:] for key, item in whole[0].items()}, part[0])
 
 

@@ -1,0 +1,52 @@
+"""Where the voxels of a view come from, and where another view shows them: a plan's geometry, for people and tests.
+
+Points are (N, 3) indices (D, H, W), depth 0 in views of two dimensions.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .planner import ViewPlan
+
+Points = NDArray[np.float64]
+
+
+def to_volume(view: ViewPlan, points: Points) -> Points:
+    """Indices of the view -> indices of the volume."""
+    return points @ view.to_volume[:, :3].T + view.to_volume[:, 3] + deformation(view, points)
+
+
+def to_view(view: ViewPlan, places: Points, iterations: int = 50) -> Points:
+    """Indices of the volume -> indices of the view; it may not show them.
+
+    By fixed-point iteration where the view is deformed: a field that cannot fold can be undone.
+    """
+    linear, offset = view.to_volume[:, :3], view.to_volume[:, 3]
+    inverse = np.linalg.inv(linear).T
+    points = (places - offset) @ inverse
+    for _ in range(iterations if view.control_points.size else 0):
+        points = (places - offset - deformation(view, points)) @ inverse
+    return points
+
+
+def deformation(view: ViewPlan, points: Points) -> Points:
+    """What the cubic B-spline adds, in voxels of the volume; outside the view as at its border."""
+    if not view.control_points.size:
+        return np.zeros_like(points)
+    knots = np.array(view.control_points.shape[1:])
+    inside = np.clip(points, 0, np.array(view.size) - 1) / np.array(view.spacing)
+    first = np.minimum(inside.astype(np.int64), knots - 4)
+    weights = _cubic(inside - first)  # (N, axis, 4)
+    found = np.zeros_like(points)
+    for d in range(4):
+        for h in range(4):
+            for w in range(4):
+                shift = view.control_points[:, first[:, 0] + d, first[:, 1] + h, first[:, 2] + w].T
+                found += shift * (weights[:, 0, d] * weights[:, 1, h] * weights[:, 2, w])[:, None]
+    return found
+
+
+def _cubic(t: Points) -> Points:
+    rest = 1 - t
+    terms = (rest**3, 3 * t**3 - 6 * t**2 + 4, 3 * rest**3 - 6 * rest**2 + 4, t**3)
+    return np.stack(terms, axis=-1) / 6
