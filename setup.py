@@ -37,7 +37,8 @@ def packages() -> list[str]:
 
 
 # What engine/data/native.py compiles on the user's machine.
-COMPILED_ON_FIRST_USE = ["cpu/*.h", "cpu/*.inl", "cpu/target.cpp", "geometry/*", "view/*", "dali/*"]
+COMPILED_ON_FIRST_USE = ["cpu/*.h", "cpu/*.inl", "cpu/target.cpp", "geometry/*", "view/*", "view/cuda/*", "dali/*",
+                        "dali/cuda/*", "cuda/shared_memory.cuh"]  # fmt: skip
 
 
 def sources(*patterns: str) -> list[str]:

@@ -6,8 +6,9 @@
 # there), runs the GPU tests, compute-sanitizer where it is installed, and the benchmarks. OUT gets STEP.log, the
 # JUnit XML, the JSON lines and summary.txt. A step that fails or runs out of time stops no other; the exit code is 1
 # then. PYTHON chooses the interpreter, VOXTRAST_CHECK_SECONDS the time in all; VOXTRAST_COMMIT names the commit in
-# the results where there is no git. Named STEPs alone run, after versions and build: cuda_library gpu_tests small_sizes
-# memcheck racecheck bench_quick, and bench_OP for every operator that `voxtrast bench kernels --op` knows.
+# the results where there is no git. Named STEPs alone run, after versions and build: cuda_library gpu_tests view_tests
+# small_sizes memcheck view_memcheck racecheck view_racecheck bench_quick bench_data, and bench_OP for every operator that
+# `voxtrast bench kernels --op` knows. view_tests need numpy and scipy too, those of the DALI operator also DALI.
 # shellcheck disable=SC2329  # functions that run as steps are called by name
 set -u -o pipefail
 
@@ -121,6 +122,22 @@ gpu_tests() {
     return $failed
 }
 
+# The kernels that make views, without DALI; and DALI's operator beside the CPU's, where DALI is installed.
+view_tests() {
+    local tests=(tests/engine/data/test_view_kernels.py)
+    if "$1" -c 'import nvidia.dali, dynamic_network_architectures'; then
+        tests+=(tests/engine/data/test_operators_on_a_gpu.py)
+    else
+        echo "DALI or the networks are not installed here: the operator inside DALI was not tested"
+    fi
+    "$1" -m pytest -v -p no:cacheprovider -m "gpu and not slow" "${tests[@]}" --junitxml "$2/view_tests.xml"
+}
+
+view_sanitize() {
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$2" --error-exitcode 9 --target-processes all \
+        "$1" -m pytest -p no:cacheprovider -m gpu tests/engine/data/test_view_kernels.py -k "batch or every_output"
+}
+
 sanitize() {
     # Without torch's cache of memory: within one large block nothing is out of bounds.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$2" --error-exitcode 9 \
@@ -146,10 +163,12 @@ step_function versions 60 versions "$ours"
 step_function build 240 install "$ours" "$site" "$build/path"
 step cuda_library 60 "$ours" -c 'import sys; from voxtrast.kernels._native import load_cuda; sys.exit(not load_cuda())'
 step_function gpu_tests 300 gpu_tests "$ours" "$out"
+step_function view_tests 240 view_tests "$ours" "$out"
 step small_sizes 240 "$ours" -m voxtrast.benchmarks.kernels.small_sizes
 for tool in memcheck racecheck; do
     if command -v compute-sanitizer >/dev/null; then
         step_function "$tool" 150 sanitize "$ours" "$tool"
+        step_function "view_$tool" 120 view_sanitize "$ours" "$tool"
     else
         steps+=("$(printf '%-26s %4s %8s  %s' "$tool" - - "compute-sanitizer is not installed here")")
         echo "${steps[-1]}"
@@ -157,6 +176,9 @@ for tool in memcheck racecheck; do
 done
 bench=("$ours" -m voxtrast.benchmarks.kernels --device cuda)
 step bench_quick 150 "${bench[@]}" --quick --output "$out/quick.jsonl"
+if [ -e "$source/benchmarks/data.py" ]; then # voxtrast bench data
+    step bench_data 420 "$ours" -m voxtrast.benchmarks.data --device cuda --output "$out"
+fi
 ops=(info_nce nt_xent positional_info_nce bank_info_nce local_correlation warp warped_cosine_loss vector_pyramid)
 for op in "${ops[@]}"; do # a process each: a lost CUDA context loses one of them
     step "bench_$op" 420 "${bench[@]}" --op "$op" --output "$out"

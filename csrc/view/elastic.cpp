@@ -2,11 +2,11 @@
 
 #include <cmath>
 #include <stdexcept>
+#include <string>
 
 namespace voxtrast {
-namespace {
 
-void check(const Elastic& elastic, const Index3& size) {
+void check_elastic(const Elastic& elastic, const Index3& size) {
   int64_t count = 3;
   for (int axis = 0; axis < 3; ++axis) {
     const double spacing = elastic.spacing[axis];
@@ -24,14 +24,22 @@ void check(const Elastic& elastic, const Index3& size) {
     if (!(std::fabs(shift) < 1e6f)) throw std::invalid_argument("a control point is displaced by 1e6 voxels or more");
 }
 
-}  // namespace
+// Index i lies between the second and the third of the four control points that reach it.
+SplineCell spline_cell(const Elastic& elastic, int axis, int64_t index) {
+  const double place = static_cast<double>(index) / elastic.spacing[axis];
+  const int64_t first = std::min(static_cast<int64_t>(place), elastic.points[axis] - 4);
+  const double t = place - static_cast<double>(first), s = 1.0 - t;
+  return {static_cast<int32_t>(first),
+          {static_cast<float>(s * s * s / 6.0), static_cast<float>((3.0 * t * t * t - 6.0 * t * t + 4.0) / 6.0),
+           static_cast<float>((3.0 * s * s * s - 6.0 * s * s + 4.0) / 6.0), static_cast<float>(t * t * t / 6.0)}};
+}
 
 ElasticRows::ElasticRows(const Elastic& elastic, const Index3& size, ViewWorkspace::Buffers& buffers)
     : elastic_(elastic), size_(size), any_(elastic.points[0] > 0), length_(size[2] + kRowSlack) {
   shift_ = at_least(buffers.shifts, 3 * length_);
   std::fill_n(shift_, 3 * length_, 0.0f);
   if (!any_) return;
-  check(elastic, size);
+  check_elastic(elastic, size);
   const Index3& points = elastic.points;
   rows_ = at_least(buffers.control_rows, 3 * points[0] * points[1] * length_);
   plane_ = at_least(buffers.control_plane, 3 * points[1] * length_);
@@ -40,26 +48,17 @@ ElasticRows::ElasticRows(const Elastic& elastic, const Index3& size, ViewWorkspa
     float* to = rows_ + row * length_;
     std::fill(to + size[2], to + length_, 0.0f);
     for (int64_t w = 0; w < size[2]; ++w) {
-      const Cell at = cell(2, w);
+      const SplineCell at = spline_cell(elastic, 2, w);
       to[w] = 0.0f;
       for (int k = 0; k < 4; ++k) to[w] += at.weight[k] * control[at.first + k];
     }
   }
 }
 
-// Control point k stands at (k - 1) spacing: index i lies between the second and the third of the four that reach it.
-ElasticRows::Cell ElasticRows::cell(int axis, int64_t index) const {
-  const double place = static_cast<double>(index) / elastic_.spacing[axis];
-  const int64_t first = std::min(static_cast<int64_t>(place), elastic_.points[axis] - 4);
-  const double t = place - static_cast<double>(first), s = 1.0 - t;
-  return {first, {static_cast<float>(s * s * s / 6.0), static_cast<float>((3.0 * t * t * t - 6.0 * t * t + 4.0) / 6.0),
-                  static_cast<float>((3.0 * s * s * s - 6.0 * s * s + 4.0) / 6.0), static_cast<float>(t * t * t / 6.0)}};
-}
-
 void ElasticRows::set_plane(int64_t plane) {
   if (!any_) return;
   const Index3& points = elastic_.points;
-  const Cell at = cell(0, plane);
+  const SplineCell at = spline_cell(elastic_, 0, plane);
   const int64_t count = points[1] * length_;  // of a plane of one component
   for (int component = 0; component < 3; ++component) {
     const float* rows[4];
@@ -73,7 +72,7 @@ void ElasticRows::row(int64_t height, const float* (&shift)[3]) {
     float* to = shift_ + component * length_;
     shift[component] = to;
     if (!any_) continue;
-    const Cell at = cell(1, height);
+    const SplineCell at = spline_cell(elastic_, 1, height);
     const float* rows[4];
     for (int k = 0; k < 4; ++k) rows[k] = plane_ + (component * elastic_.points[1] + at.first + k) * length_;
     row_path().weighted_sum(rows, at.weight, 4, length_, to);

@@ -6,9 +6,19 @@
 
 namespace voxtrast {
 
+// Throws std::invalid_argument where the control points do not reach over a view of that size.
+void check_elastic(const Elastic& elastic, const Index3& size);
+
+// Four control points of an axis, and how much of each an index of the view gets.
+struct SplineCell {
+  int32_t first;
+  float weight[4];
+};
+SplineCell spline_cell(const Elastic& elastic, int axis, int64_t index);
+
 class ElasticRows {
  public:
-  // Throws std::invalid_argument where the control points do not reach over a view of that size.
+  // Throws as check_elastic.
   ElasticRows(const Elastic& elastic, const Index3& size, ViewWorkspace::Buffers& buffers);
 
   void set_plane(int64_t plane);
@@ -16,12 +26,6 @@ class ElasticRows {
   void row(int64_t height, const float* (&shift)[3]);
 
  private:
-  struct Cell {
-    int64_t first;  // of four control points
-    float weight[4];
-  };
-  Cell cell(int axis, int64_t index) const;
-
   const Elastic& elastic_;
   const Index3 size_;
   const bool any_;

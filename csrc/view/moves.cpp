@@ -1,7 +1,7 @@
 // The steps that need the whole view: they move voxels, smooth them, or fill boxes.
-#include <cmath>
 #include <cstring>
 
+#include "coarse.h"
 #include "permutation.h"
 #include "smoothing.h"
 #include "steps.h"
@@ -34,25 +34,6 @@ struct Divisor {
     if (by == 1) return number;
     return static_cast<uint32_t>(static_cast<unsigned __int128>(inverse) * number >> 64);
   }
-};
-
-// One axis read from a coarser grid: for each voxel the lower of two coarse ones and the weight of the upper.
-struct Coarse {
-  int64_t size;
-  std::vector<int64_t> nearest, lower;
-  std::vector<float> fraction;
-
-  Coarse(int64_t fine, float factor) {
-    size = std::max<int64_t>(1, static_cast<int64_t>(std::floor(static_cast<double>(fine) / factor + 0.5)));
-    for (int64_t j = 0; j < size; ++j) nearest.push_back((2 * j + 1) * fine / (2 * size));
-    const double scale = static_cast<double>(size) / static_cast<double>(fine);
-    for (int64_t i = 0; i < fine; ++i) {
-      const double at = std::clamp((static_cast<double>(i) + 0.5) * scale - 0.5, 0.0, static_cast<double>(size - 1));
-      lower.push_back(std::min(static_cast<int64_t>(at), std::max<int64_t>(0, size - 2)));
-      fraction.push_back(static_cast<float>(at - static_cast<double>(lower.back())));
-    }
-  }
-  int64_t upper(int64_t i) const { return std::min(lower[i] + 1, size - 1); }
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 
 namespace voxtrast {
 namespace {
@@ -16,18 +17,9 @@ struct Taps {
 };
 
 Taps gaussian(float sigma) {
-  if (!(sigma >= 0.0f && sigma <= 1000.0f))
-    throw std::invalid_argument("sigma of a Gaussian must lie between 0 and 1000 voxels, got " + std::to_string(sigma));
-  Taps taps{gaussian_radius(sigma), {}, {}};
-  std::vector<double> weights;
-  double sum = 0.0;
-  for (int64_t t = -taps.radius; t <= taps.radius; ++t) {
-    const double place = sigma > 0 ? static_cast<double>(t) / sigma : 0.0;
-    weights.push_back(std::exp(-0.5 * place * place));
-    sum += weights.back();
-  }
-  for (const double weight : weights) taps.weights.push_back(static_cast<float>(weight / sum));
-  taps.rows.resize(weights.size());
+  Taps taps{0, gaussian_weights(sigma), {}};
+  taps.radius = static_cast<int64_t>(taps.weights.size() / 2);
+  taps.rows.resize(taps.weights.size());
   return taps;
 }
 
@@ -54,6 +46,22 @@ void smooth_planes(const float* from, float* to, const Index3& size, Taps& heigh
 }
 
 }  // namespace
+
+std::vector<float> gaussian_weights(float sigma) {
+  if (!(sigma >= 0.0f && sigma <= 1000.0f))
+    throw std::invalid_argument("sigma of a Gaussian must lie between 0 and 1000 voxels, got " + std::to_string(sigma));
+  const int64_t radius = gaussian_radius(sigma);
+  std::vector<double> weights;
+  double sum = 0.0;
+  for (int64_t t = -radius; t <= radius; ++t) {
+    const double place = sigma > 0 ? static_cast<double>(t) / sigma : 0.0;
+    weights.push_back(std::exp(-0.5 * place * place));
+    sum += weights.back();
+  }
+  std::vector<float> rounded;
+  for (const double weight : weights) rounded.push_back(static_cast<float>(weight / sum));
+  return rounded;
+}
 
 void smooth(float* volume, const Index3& size, const std::array<float, 3>& sigma, ViewWorkspace::Buffers& buffers) {
   Taps depth = gaussian(sigma[0]), height = gaussian(sigma[1]), width = gaussian(sigma[2]);

@@ -2,6 +2,7 @@
 // in a row as there are until one needs to know something of the whole view, or moves voxels.
 #pragma once
 
+#include "step_rules.h"
 #include "workspace.h"
 
 namespace voxtrast {
@@ -21,13 +22,11 @@ class StepRunner {
     float mean, low, high;  // of the view as the step finds it, where it asks
   };
   // What is known of the view after the steps before `next_`.
-  struct Known {
-    bool mean = false, range = false;
+  struct Known : Knowledge {
     ViewStatistics of{};
   };
 
   NumberStream stream(const Step& step) const { return {key_.seed, step.stream, key_.slot, key_.step}; }
-  bool lacks_statistics(const Step& step) const;
   void collect_run();
   void note(const Operation& operation);
   void perform(const Strip& strip);

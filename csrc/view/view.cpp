@@ -12,8 +12,6 @@
 namespace voxtrast {
 namespace {
 
-constexpr double kFarthest = 1 << 29;  // whole coordinates and their sums fit 32 bits
-
 Index3 region_size(const Region& region) {
   Index3 size;
   for (int axis = 0; axis < 3; ++axis) size[axis] = region.box.upper[axis] - region.box.lower[axis];
@@ -91,18 +89,14 @@ void copy_straight(const SampledRow& row, VoxelType type, float* to) {
   if (!forwards) std::reverse(to, to + row.count);
 }
 
-// What all rows of the field share: psi = (M L - I) p + M t + m + M shift for to_volume = (L, t), from_volume = (M, m).
+// What all rows of the field share.
 class Field {
  public:
-  Field(const Region& region, const ViewPlan& plan, const ViewOutput& output) : plan_(plan), output_(output) {
+  Field(const Region& region, const ViewPlan& plan, const ViewOutput& output)
+      : plan_(plan), output_(output), psi_(field_affine(plan)) {
     const Affine &to = plan.to_volume, &from = plan.from_volume;
     row_.count = plan.size[2];
     for (int axis = 0; axis < 3; ++axis) {
-      for (int column = 0; column < 4; ++column) {
-        double product = column == 3 ? from[4 * axis + 3] : -(axis == column);
-        for (int k = 0; k < 3; ++k) product += from[4 * axis + k] * to[4 * k + column];
-        psi_[4 * axis + column] = product;
-      }
       for (int other = 0; other < 3; ++other) row_.linear[axis][other] = static_cast<float>(from[4 * axis + other]);
       row_.step[axis] = psi_[4 * axis + 2];
       row_.along_row[axis] = axis == 2;
@@ -134,27 +128,41 @@ class Field {
  private:
   const ViewPlan& plan_;
   const ViewOutput& output_;
-  Affine psi_{};
+  const Affine psi_;
   FieldRow row_{};
 };
 
 }  // namespace
+
+Affine field_affine(const ViewPlan& plan) {
+  const Affine &to = plan.to_volume, &from = plan.from_volume;
+  Affine psi{};
+  for (int axis = 0; axis < 3; ++axis)
+    for (int column = 0; column < 4; ++column) {
+      double product = column == 3 ? from[4 * axis + 3] : -(axis == column);
+      for (int k = 0; k < 3; ++k) product += from[4 * axis + k] * to[4 * k + column];
+      psi[4 * axis + column] = product;
+    }
+  return psi;
+}
+
+void check_view(const Region& region, const ViewPlan& plan, const ViewOutput& output) {
+  if (output.view == nullptr) throw std::invalid_argument("a view needs an output");
+  check_size(plan.size, "the view");
+  check_size(region_size(region), "the region");
+  check_affine(plan.to_volume, plan.size, "to_volume");
+  if (!output.with_field()) return;
+  check_size(region.volume, "the volume");
+  check_size(plan.partner_size, "the partner of a view with a displacement");
+  check_affine(plan.from_volume, region.volume, "from_volume");
+}
 
 ViewWorkspace::ViewWorkspace() : buffers_(std::make_unique<Buffers>()) {}
 ViewWorkspace::~ViewWorkspace() = default;
 
 void make_view(const Region& region, const ViewPlan& plan, const DrawKey& key, Interpolation interpolation,
                const ViewOutput& output, ViewWorkspace& workspace) {
-  if (output.view == nullptr) throw std::invalid_argument("a view needs an output");
-  const bool with_field = output.displacement != nullptr || output.mask != nullptr;
-  check_size(plan.size, "the view");
-  check_size(region_size(region), "the region");
-  check_affine(plan.to_volume, plan.size, "to_volume");
-  if (with_field) {
-    check_size(region.volume, "the volume");
-    check_size(plan.partner_size, "the partner of a view with a displacement");
-    check_affine(plan.from_volume, region.volume, "from_volume");
-  }
+  check_view(region, plan, output);
   ViewWorkspace::Buffers& buffers = workspace.buffers();
   StepRunner steps(plan, key, output.view, buffers);
   ElasticRows elastic(plan.elastic, plan.size, buffers);
@@ -174,7 +182,7 @@ void make_view(const Region& region, const ViewPlan& plan, const DrawKey& key, I
       float* values = output.view + (plane * plan.size[1] + h) * plan.size[2];
       if (is_straight(row, plan.elastic.points[0] > 0)) copy_straight(row, type, values);
       else sample(row, values);
-      if (with_field) field.make_row(plane, h, row.shift);
+      if (output.with_field()) field.make_row(plane, h, row.shift);
     }
     if (output.clean != nullptr)
       std::memcpy(output.clean + strip.first, output.view + strip.first, sizeof(float) * strip.count);

@@ -27,7 +27,8 @@
 
 namespace voxtrast {
 
-constexpr double kBorder = 1e-5;  // voxels
+constexpr double kBorder = 1e-5;         // voxels
+constexpr double kFarthest = 1 << 29;    // voxels: whole coordinates and their sums fit 32 bits
 
 enum class VoxelType : int32_t { float32, float16 };
 enum class Interpolation : int32_t { linear, nearest };
@@ -52,7 +53,15 @@ struct ViewOutput {
   float* clean = nullptr;         // the view before its steps
   float* displacement = nullptr;  // psi, its components first: 3, or 2 (H, W) of a view of depth 1
   float* mask = nullptr;          // 1 where psi is valid, else 0
+
+  bool with_field() const { return displacement != nullptr || mask != nullptr; }
 };
+
+// Throws std::invalid_argument for a geometry that cannot be carried out, saying why.
+void check_view(const Region& region, const ViewPlan& plan, const ViewOutput& output);
+
+// psi without the deformation: (M L - I) p + M t + m for to_volume = (L, t), from_volume = (M, m). To it comes M shift.
+Affine field_affine(const ViewPlan& plan);
 
 // The memory that making views takes besides, kept from one view to the next. Not shared by threads.
 class ViewWorkspace {

@@ -1,9 +1,10 @@
 """The DALI graph of a view specification: what Python sends for each slot, and the operators that make views of it.
 
 Every slot sends two small arrays: its file, open, and its plan. Our own operators (csrc/dali/) read the region and make
-each view of it in one go.
+each view of it in one go: on the GPU that holds the results, where the operators were compiled for one.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,14 @@ def build_pipeline(
 
     Raises: UserError where the operators cannot be compiled.
     """
-    load_plugin()
+    without_cuda = load_plugin()
+    on_gpu = device_id is not None and without_cuda is None
+    if device_id is not None and not on_gpu:
+        warnings.warn(
+            f"views are made on the CPU and copied to GPU {device_id}, at a fraction of its speed: {without_cuda}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     pipeline = Pipeline(
         batch_size=slots,
         num_threads=threads,
@@ -59,7 +67,7 @@ def build_pipeline(
             source=source, num_outputs=len(axes), dtype=types, ndim=axes, no_copy=True
         )
         region = OPERATORS.voxtrast_read(files, plans, half=half)
-        outputs = _views(spec, region, plans)
+        outputs = _views(spec, region, plans, on_gpu)
         _apply_functions(spec, outputs, *numbers)
         if device_id is not None:
             outputs = {name: output.gpu() for name, output in outputs.items()}
@@ -68,7 +76,7 @@ def build_pipeline(
     return pipeline, list(outputs)
 
 
-def _views(spec: ViewSpec, region: Any, plans: Any) -> dict[str, Any]:
+def _views(spec: ViewSpec, region: Any, plans: Any, on_gpu: bool) -> dict[str, Any]:
     outputs: dict[str, Any] = {}
     for number, (name, view) in enumerate(spec.views.items()):
         names = [name]
@@ -76,9 +84,11 @@ def _views(spec: ViewSpec, region: Any, plans: Any) -> dict[str, Any]:
             names.append(f"{name}_clean")
         if view.displacement:
             names += ["displacement", "mask"]
+        device = "gpu" if on_gpu and name not in functions_of(spec) else "cpu"  # where numba's functions run
         made = OPERATORS.voxtrast_view(
-            region,
+            region.gpu() if device == "gpu" else region,
             plans,
+            device=device,
             view=number,
             dimensions=len(spec.crop),
             clean=view.clean,

@@ -5,7 +5,7 @@ pybind11, which are made for one version of Python. Their sources travel instead
 them is kept in a cache folder, in one subfolder for each state of sources, flags, compiler and versions.
 
 Environment: CXX chooses the compiler; VOXTRAST_CACHE the cache folder, which is XDG_CACHE_HOME/voxtrast or
-~/.cache/voxtrast otherwise.
+~/.cache/voxtrast otherwise. For CUDA see cuda_toolkit.py.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import importlib.machinery
 import importlib.util
 import os
 import platform
+import re
 import secrets
 import shlex
 import shutil
@@ -31,6 +32,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..errors import UserError
+from .cuda_toolkit import NoToolkit, find_toolkit
 
 LEFTOVER_S = 3600.0
 SOURCES = Path(__file__).parents[2] / "csrc"  # of a checkout and of an installed wheel alike
@@ -50,6 +52,7 @@ class Library:
     includes: folders of headers besides csrc/.
     flags, links: for the compiler, and for the linker.
     versions: of whatever else the result depends on.
+    nvcc: the CUDA compiler with its flags, in place of the C++ compiler.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Library:
     flags: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
     versions: tuple[str, ...] = ()
+    nvcc: tuple[str, ...] = ()
 
 
 def build(library: Library, root: Path = SOURCES) -> Path:
@@ -121,7 +125,25 @@ def module_library(name: str, sources: tuple[str, ...], flags: tuple[str, ...] =
 VIEWS = Library("views", ("view/*.cpp", "geometry/plan.cpp", "cpu/target.cpp"), flags=("-fvisibility=default",))
 
 
-def plugin_library() -> Library:
+def views_cuda_library() -> Library:
+    """Views on a GPU, to which the operators are linked where there is a CUDA compiler. Raises: NoToolkit."""
+    try:
+        from nvidia.dali import __cuda_version__
+
+        dali_cuda: int | None = int(str(__cuda_version__)[:2])
+    except ImportError:
+        dali_cuda = None  # views without DALI, through csrc/view/cuda/c_interface.cpp
+    toolkit = find_toolkit(dali_cuda)
+    return Library(
+        "views_cuda",
+        ("view/cuda/*.cu", "view/cuda/*.cpp"),
+        links=(str(build(VIEWS)),),
+        versions=(toolkit.release,),
+        nvcc=toolkit.command(host[0] if len(host := compiler()) == 1 else "g++"),  # nvcc takes no command
+    )
+
+
+def plugin_library(views_cuda: Library | None = None) -> Library:
     """DALI's operators `fn.voxtrast_read` and `fn.voxtrast_view`, for the DALI that is installed."""
     try:
         import nvidia.dali
@@ -130,18 +152,26 @@ def plugin_library() -> Library:
         raise UserError("the data plane needs NVIDIA DALI: not installed; pip install 'voxtrast[dali]'") from None
     return Library(
         "dali_operators",
-        ("dali/*.cpp",),
-        includes=(str(cuda_headers()),),
+        ("dali/*.cpp", "dali/cuda/*.cpp") if views_cuda else ("dali/*.cpp",),
+        includes=() if views_cuda else (str(cuda_headers()),),  # nvcc has headers of its own
         flags=tuple(dali.get_compile_flags()),
-        links=(str(build(VIEWS)), *dali.get_link_flags()),
+        links=(*([str(build(views_cuda))] if views_cuda else []), str(build(VIEWS)), *dali.get_link_flags()),
         versions=(nvidia.dali.__version__,),
+        nvcc=views_cuda.nvcc if views_cuda else (),
     )
 
 
 @functools.cache
-def load_plugin() -> None:
-    """Makes our operators known to DALI, compiled if need be. Raises UserError like `build`."""
-    library = plugin_library()
+def load_plugin() -> str | None:
+    """Makes our operators known to DALI, compiled if need be. Says why there is none for a GPU; None where there is.
+
+    Raises: UserError like `build`.
+    """
+    without_cuda = None
+    try:
+        library = plugin_library(views_cuda_library())
+    except NoToolkit as reason:
+        library, without_cuda = plugin_library(), str(reason)
     path = build(library)
     from nvidia.dali import plugin_manager
 
@@ -152,6 +182,7 @@ def load_plugin() -> None:
             f"{path}: DALI {library.versions[0]} does not load it ({error}); delete that folder and start again, "
             "and if it comes back install NVIDIA DALI again"
         ) from None
+    return without_cuda
 
 
 def cache_folder() -> Path:
@@ -258,7 +289,8 @@ def _compile(library: Library, root: Path, result: Path) -> None:
         _remove_leftovers(result.parent.parent)
         folder.mkdir()
         objects = [folder / f"{number}.o" for number in range(len(_files(library, root)))]
-        common = [*compiler(), *FLAGS, *library.flags, *(f"-I{path}" for path in (root, *library.includes))]
+        command = library.nvcc or (*compiler(), *FLAGS)
+        common = [*command, *library.flags, *(f"-I{path}" for path in (root, *library.includes))]
         commands = [
             [*common, "-c", str(source), "-o", str(target)]
             for source, target in zip(_files(library, root), objects, strict=True)
@@ -267,7 +299,8 @@ def _compile(library: Library, root: Path, result: Path) -> None:
             outputs = list(pool.map(_run, commands))
         if not any(code for code, _ in outputs):
             temporary = folder / result.name
-            outputs.append(_run([*compiler(), "-shared", *map(str, objects), "-o", str(temporary), *library.links]))
+            linker = library.nvcc or compiler()
+            outputs.append(_run([*linker, "-shared", *map(str, objects), "-o", str(temporary), *library.links]))
         if any(code for code, _ in outputs):
             log.write_text("".join(output for _, output in outputs))
             raise _failure(library, [output for code, output in outputs if code], log)
@@ -300,9 +333,13 @@ def _run(command: list[str]) -> tuple[int, str]:
 
 def _failure(library: Library, outputs: list[str], log: Path) -> UserError:
     lines = [line.strip() for output in outputs for line in output.splitlines()[1:]]
-    wrong = [line for line in lines if "error" in line or "undefined" in line or "not found" in line]
+    wrong = [line for line in lines if re.search("error|fatal|undefined|not found", line)]
     first = (wrong or lines or ["the compiler said nothing"])[0]
-    return UserError(
-        f"{library.name} does not compile with {_compiler_version(tuple(compiler()))}: {first} (all of it: {log}); "
-        "point CXX at g++ 11 or newer, or install voxtrast again"
-    )
+    used, remedy = _compiler_version(tuple(compiler())), "point CXX at g++ 11 or newer, or install voxtrast again"
+    if library.nvcc:
+        used = f"{library.nvcc[0]} {library.versions[0]} and {used}"
+        remedy = (
+            "point CUDACXX at an nvcc that knows this GPU and CXX at a compiler that it takes, or set VOXTRAST_CUDA=0: "
+            "views are then made on the CPU"
+        )
+    return UserError(f"{library.name} does not compile with {used}: {first} (all of it: {log}); {remedy}")

@@ -1,4 +1,7 @@
-"""Small volumes written with SimpleITK, and what the tests of prepare and of the store share."""
+"""Small volumes written with SimpleITK, and what the tests of prepare and of the store share.
+
+The kernels of views are tested without SimpleITK, too: it is imported where it is used.
+"""
 
 import hashlib
 import json
@@ -6,15 +9,15 @@ import locale
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from voxtrast.engine.data.prepare import PrepareSummary, prepare
+if TYPE_CHECKING:
+    from voxtrast.engine.data.prepare import PrepareSummary
 
 
 def smooth_values(seed: int, shape: tuple[int, int, int] = (20, 22, 24)) -> np.ndarray:
@@ -39,6 +42,7 @@ def values() -> Callable[..., np.ndarray]:
 @pytest.fixture(scope="session")
 def write() -> Callable[..., Path]:
     """write(path, array (D, H, W), spacing_mm=..., dtype=...) through SimpleITK, whatever the suffix."""
+    import SimpleITK as sitk
 
     def writer(
         path: Path,
@@ -62,6 +66,7 @@ def write() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def write_dicom() -> Callable[..., list[Path]]:
     """write_dicom(folder, array int16 (D, H, W), uid=..., modality=...): one file a slice, 2 mm apart, HU shifted."""
+    import SimpleITK as sitk
 
     def writer(
         folder: Path,
@@ -119,10 +124,12 @@ def ras_affine() -> Callable[..., np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def run() -> Callable[..., PrepareSummary]:
+def run() -> "Callable[..., PrepareSummary]":
     """prepare() with one worker, as most tests have one or two volumes, and no bar."""
 
-    def runner(raw: Path, store: Path, **settings: Any) -> PrepareSummary:
+    from voxtrast.engine.data.prepare import prepare
+
+    def runner(raw: Path, store: Path, **settings: Any) -> "PrepareSummary":
         return prepare(raw, store, **{"workers": 1, "progress": False, **settings})
 
     return runner

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-from emulated import Emulated, build
+from emulated import HERE, Emulated, build
 
 
 @pytest.fixture(scope="session")
@@ -12,7 +12,7 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
     def get(name: str) -> object:
         if name not in libraries:
-            libraries[name] = build(name, tmp_path_factory.mktemp(name))
+            libraries[name] = build(HERE / f"{name}.cpp", tmp_path_factory.mktemp(name))
         return libraries[name]
 
     return get

@@ -1,4 +1,4 @@
-"""Kernels of csrc/cuda, compiled for the CPU under emulation.h."""
+"""CUDA kernels, compiled for the CPU under emulation.h."""
 
 import ctypes
 import importlib.util
@@ -33,18 +33,18 @@ def cuda_headers() -> Path | None:
     return next((folder for folder in folders if (folder / "crt" / "host_defines.h").exists()), None)
 
 
-def build(name: str, folder: Path) -> ctypes.CDLL:
-    """NAME.cpp beside this file, as a library."""
+def build(source: Path, folder: Path, links: tuple[Path, ...] = ()) -> ctypes.CDLL:
+    """A source that includes emulation.h and kernels, as a library."""
     compiler, headers = os.environ.get("CXX") or shutil.which("g++"), cuda_headers()
     if compiler is None or headers is None or not CSRC.exists():
         missing = "the source tree" if not CSRC.exists() else "g++" if compiler is None else "the headers of CUDA"
         pytest.skip(f"emulating CUDA needs {missing}")
     (folder / "nv").mkdir()
     (folder / "nv" / "target").write_text(TARGET)
-    target = folder / f"{name}.so"
+    target = folder / f"{source.stem}.so"
     command = [*compiler.split(), "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas",
                "-fno-strict-aliasing", f"-I{folder}", f"-I{HERE}", f"-I{CSRC}", "-isystem", str(headers),
-               str(HERE / f"{name}.cpp"), "-o", str(target)]  # fmt: skip
+               str(source), *map(str, links), "-o", str(target)]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return ctypes.CDLL(str(target))

@@ -374,6 +374,10 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+inline void sincospif(float value, float* sine, float* cosine) {
+  *sine = static_cast<float>(std::sin(3.14159265358979323846 * value));
+  *cosine = static_cast<float>(std::cos(3.14159265358979323846 * value));
+}
 inline float __saturatef(float value) { return std::min(std::max(value, 0.0f), 1.0f); }
 inline int __float2int_rd(float value) { return static_cast<int>(std::floor(value)); }
 inline float __int_as_float(int value) { return __builtin_bit_cast(float, value); }

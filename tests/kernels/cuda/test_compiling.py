@@ -1,7 +1,6 @@
 """nvcc compiles all of csrc/cuda on machines without a GPU; nothing spills, and torch loads what comes out."""
 
 import os
-import re
 import runpy
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ptxas import registers_and_spills
 
 ROOT = Path(__file__).parents[3]
 
@@ -25,9 +25,7 @@ def compiled(architectures: str, target: Path, monkeypatch: pytest.MonkeyPatch) 
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert target.stat().st_size > 0
-    pattern = r"function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?(\d+) registers"
-    found = re.findall(pattern, run.stdout + run.stderr, re.DOTALL)
-    return {f"{sm} {name}": (int(registers), int(stored) + int(read)) for name, sm, stored, read, registers in found}
+    return registers_and_spills(run.stdout + run.stderr)
 
 
 def check(kernels: dict[str, tuple[int, int]], architectures: str) -> None:
