@@ -91,12 +91,12 @@ def test_what_dali_reads_lives_as_long_as_dali(store: Store) -> None:
 
 
 def test_a_volume_that_vanished_is_named(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store", [(20, 20, 20), (20, 20, 20)])
+    store = make_store(tmp_path / "store", [(20, 20, 20)] * 12)  # more than are open at a time
     spec = ViewSpec((16, 16, 16), COVER)
-    with ViewPipeline(store, store.cases, spec, seed=1, global_batch=2, on_error="raise") as pipeline:
+    with ViewPipeline(store, store.cases, spec, seed=1, global_batch=2, on_error="raise", prefetch=0) as pipeline:
         next(pipeline)
         (store.path / "volumes" / "case1.npy").unlink()
         with pytest.raises(UserError, match=r"case1\.npy.*prepare"):
-            list(itertools.islice(pipeline, 10))  # those prepared ahead still come
+            list(itertools.islice(pipeline, 12))  # those prepared ahead still come
         with pytest.raises(UserError, match="closed"):  # not the step after the missing one
             next(pipeline)
