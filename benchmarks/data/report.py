@@ -84,3 +84,10 @@ def geometry_report(geometry: Geometry) -> str:
         for name, (difference, explained) in geometry.differences.items()
     )
     return f"  one affine without deformation, largest difference from ours in intensity ranges: {found}"
+
+
+def parts_report(parts: dict[str, float], size: int) -> str:
+    total = sum(parts.values())
+    rows = [f"where the time goes, {size}^3: {total * 1e3:.1f} ms of a core a slot of two views"]
+    rows += [f"  {part:<28}{seconds * 1e3:9.2f} ms {seconds / total:7.1%}" for part, seconds in parts.items()]
+    return "\n".join(rows)

@@ -197,7 +197,7 @@ def test_rows_take_turns_and_are_written(
     words = ["--crop", str(SIZE), "--store", str(made_store), "--rows", "ours", "grid_sample", "--device", "cpu"]
     words += ["--rounds", "2", "--seconds", "0.05", "--workers", "1", "--output", str(tmp_path / "here.jsonl")]
     assert command.main(words) == 0
-    ours, rival = (json.loads(line) for line in (tmp_path / "here.jsonl").read_text().splitlines())
+    ours, rival, parts = (json.loads(line) for line in (tmp_path / "here.jsonl").read_text().splitlines())
     assert (ours["provider"], rival["provider"], ours["op"], ours["rounds"]) == ("ours", "grid_sample", "views", 2)
     for line in (ours, rival):
         assert line["views_per_s"] > 0
@@ -205,7 +205,12 @@ def test_rows_take_turns_and_are_written(
         assert 0.2 < line["cpu_s_per_view"] * line["views_per_s"] < 3
         assert line["peak_memory_mb"] is None or line["peak_memory_mb"] > 0
     assert {"voxtrast", "torch", "nvidia-dali-cuda130"} <= set(ours["versions"])
+    seconds = parts["parts_s"]
+    assert all(seconds[part] > 0 for part in seconds if part != "the rest")
+    # The parts make up the whole, each view taking longer than the plan of both.
+    assert seconds["first view"] > seconds["plan"]
     said = capsys.readouterr().out
+    assert "where the time goes, 24^3" in said
     assert "one affine without deformation" in said
     assert f"views of {SIZE}^3, float32, 1 workers" in said
 
@@ -215,6 +220,7 @@ def test_every_row_is_measured(tmp_path: Path) -> None:
     words = ["--crop", "32", "--rounds", "1", "--seconds", "0.2", "--device", "cpu"]
     assert command.main([*words, "--output", str(tmp_path / "here.jsonl")]) == 0
     lines = [json.loads(line) for line in (tmp_path / "here.jsonl").read_text().splitlines()]
+    assert lines.pop()["op"] == "views: profile"
     assert [line["provider"] for line in lines] == list(ROWS)
     for line in lines:
         if "cannot" in line:  # what may be missing, or impossible where the store lies
