@@ -28,7 +28,7 @@ from .geometry import Geometry, examine
 from .host import Host, Turn
 from .plot import draw
 from .report import geometry_report, lines_of, parts_report, table
-from .rows import OURS, ROWS, Setting
+from .rows import OURS, ROWS, Setting, core_seconds_by_part
 from .volumes import load_volumes, make_store, side_of
 
 PEERS = ("nvidia-dali-cuda130", "monai", "batchgeneratorsv2", "torchio", "numpy")
@@ -108,24 +108,17 @@ def _measure(size: int, chosen: argparse.Namespace, place: Place) -> list[dict[s
             geometry: Geometry = pool.submit(examine, store, size).result()
         rates = measure_rates(place)
         turns, cannot = take_turns(setting, chosen.rows or list(ROWS), geometry, chosen.rounds, chosen.seconds)
-        parts = None
+        lines = lines_of(setting, turns, cannot, geometry, rates)
+        print(table(lines, geometry, rates))
+        print(geometry_report(geometry), flush=True)
         if OURS in turns and not place.on_gpu:
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                parts = pool.submit(profile_of, store, size).result()
-    lines = lines_of(setting, turns, cannot, geometry, rates)
-    print(table(lines, geometry, rates))
-    print(geometry_report(geometry), flush=True)
-    if parts is not None:
-        print(parts_report(parts, size), flush=True)
-        shape = {"crop": size}
-        lines.append({"op": "views: profile", "shape": shape, "dtype": "float32", "provider": OURS, "parts_s": parts})
+                parts = pool.submit(core_seconds_by_part, setting).result()
+            print(parts_report(parts, size), flush=True)
+            shape = {"crop": size}
+            profile = {"op": "views: profile", "shape": shape, "dtype": "float32", "provider": OURS, "parts_s": parts}
+            lines.append(profile)
     return lines
-
-
-def profile_of(store: Path, size: int) -> dict[str, float]:
-    from .profile import profile  # DALI, which the processes of the others do without
-
-    return profile(store, size)
 
 
 def take_turns(

@@ -5,6 +5,7 @@ Between its turns a row stands still: its queues are full, and its process and t
 
 import contextlib
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,12 +17,14 @@ from typing import Any
 import psutil
 import torch
 
+from ..harness import REFUSED
 from ..place import Cannot
 from .checks import check_views
 from .rows import ROWS, Setting
 
 LEAST_BATCHES = 4  # of a turn
 STILL_SECONDS = 0.1  # without work, for a row to count as standing still
+PATIENCE_SECONDS = 900.0  # with a row that gives no sign
 READY, FAILED = "ready", "failed"
 
 
@@ -61,6 +64,8 @@ class Host:
         return found
 
     def _receive(self) -> Any:
+        if not self._connection.poll(PATIENCE_SECONDS):
+            raise Cannot(f"gives no sign for {PATIENCE_SECONDS:.0f} s")
         try:
             state, content = self._connection.recv()
         except EOFError:
@@ -109,23 +114,25 @@ class _Worker:
         row = ROWS[name]
         make = row.prepare(setting)  # imports, and the volumes of those that have them in memory
         self._on_gpu = setting.device == "cuda"
+        self._children: list[psutil.Process] = []
         self._before_mb = self._held_mb()
         self._stream, self._ahead = make(), row.ahead(setting)
         try:
             self._views = check_views(next(self._stream), setting.size, field=not row.lacks_field)
         except ValueError as error:
-            raise Cannot(f"refused: {error}") from None
+            raise Cannot(f"{REFUSED}: {error}") from None
+        self._children = psutil.Process().children(recursive=True)
         self._stand_still()
 
     def turn(self, seconds: float, memory: bool) -> Turn:
         for _ in range(self._ahead + 1):  # those were made before, and one has begun
             next(self._stream)
         with _Sampled(self._held_mb) if memory else contextlib.nullcontext() as sampled:
-            batches, started, busy = 0, self._now(), _cpu_seconds()
+            batches, started, busy = 0, self._now(), self._cpu_seconds()
             while batches < LEAST_BATCHES or time.perf_counter() - started < seconds:
                 next(self._stream)
                 batches += 1
-            turn = batches * self._views, self._now() - started, _cpu_seconds() - busy
+            turn = batches * self._views, self._now() - started, self._cpu_seconds() - busy
         self._stand_still()
         held = sampled.highest if sampled is not None else None
         return Turn(*turn, None if held is None or self._before_mb is None else held - self._before_mb)
@@ -139,39 +146,33 @@ class _Worker:
         if self._on_gpu:  # by all processes, of which this one alone is at work
             free, total = torch.cuda.mem_get_info()
             return (total - free) / 2**20
-        return _memory_mb()
+        return _memory_mb([os.getpid(), *(child.pid for child in self._children)])
+
+    def _cpu_seconds(self) -> float:
+        taken = time.process_time()
+        for child in self._children:
+            times = child.cpu_times()
+            taken += times.user + times.system
+        return taken
 
     def _stand_still(self) -> None:
-        while True:
-            before = _cpu_seconds()
+        since = time.perf_counter()
+        while time.perf_counter() - since < PATIENCE_SECONDS / 2:
+            before = self._cpu_seconds()
             time.sleep(STILL_SECONDS)
-            if _cpu_seconds() - before < 0.2 * STILL_SECONDS:
+            if self._cpu_seconds() - before < 0.05 * STILL_SECONDS:
                 return
+        raise Cannot("does not come to rest between its turns")
 
 
-def _family() -> list[psutil.Process]:
-    own = psutil.Process()
-    return [own, *own.children(recursive=True)]
-
-
-def _cpu_seconds() -> float:
-    taken = time.process_time()
-    for process in _family()[1:]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            times = process.cpu_times()
-            taken += times.user + times.system
-    return taken
-
-
-def _memory_mb() -> float | None:
-    """Of this process and its children, what they share counted once, without the page cache; None where the kernel
-    does not tell."""
+def _memory_mb(processes: list[int]) -> float | None:
+    """Of some processes, what they share counted once, without the page cache; None where the kernel does not tell."""
     total = 0
-    for process in _family():
+    for process in processes:
         try:
-            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        except FileNotFoundError:
+            return None
         found = [int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))]
         if len(found) != 2:
             return None

@@ -1,5 +1,6 @@
 """Our own rows: the view pipeline as a training run has it, and its operator alone on regions that are in memory."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from voxtrast.engine.data.graph import OPERATORS
 from voxtrast.engine.data.native import load_plugin
 from voxtrast.engine.data.pipeline import ViewPipeline
 from voxtrast.engine.data.planner import Plan, Planner
-from voxtrast.engine.data.store import VOLUMES, Store
+from voxtrast.engine.data.store import VOLUMES, Case, Store
 from voxtrast.methods.views import ViewSpec
 
 from .recipe import view_spec
@@ -42,19 +43,20 @@ class Reading:
 
 
 def read_regions(path: Path, spec: ViewSpec, slots: int, steps: int) -> list[list[tuple[Plan, np.ndarray]]]:
-    """Plans of the first steps, each slot with its region (D, H, W) in the type of its volume."""
+    """Plans of the first steps, each slot with its region (D, H, W): float16 if all volumes are, else float32."""
     store = Store(path)
+    dtype = "float16" if all(case.dtype == "float16" for case in store.cases) else "float32"
     planner = Planner(store.cases, spec, SEED, global_batch=slots)
     found = []
     for step in range(steps):
         plans = [planner.plan(step, slot) for slot in range(slots)]
-        found.append([(plan, _region(plan, planner.cases[plan.case_index], store)) for plan in plans])
+        found.append([(plan, _region(plan, planner.cases[plan.case_index], store, dtype)) for plan in plans])
     return found
 
 
-def _region(plan: Plan, case: Any, store: Store) -> np.ndarray:
+def _region(plan: Plan, case: Case, store: Store, dtype: str) -> np.ndarray:
     volume, box = store.volume(case), plan.region
-    region = np.full(box.shape, case.intensity["background"], volume.dtype)
+    region = np.full(box.shape, case.intensity["background"], dtype)
     sides = zip(box.lower, box.upper, volume.shape, strict=True)
     inside = [(max(low, 0), min(high, side)) for low, high, side in sides]
     target = tuple(slice(low - first, high - first) for (low, high), first in zip(inside, box.lower, strict=True))
@@ -82,21 +84,20 @@ class OperatorAlone:
             "exec_dynamic": True,
         }
         self._pipeline = Pipeline(batch_size=slots, **options)
+        device = "cpu" if device_id is None else "gpu"
         with self._pipeline:
             shared: dict[str, Any] = {"cycle": True, "batch": True, "no_copy": True}
             region = fn.external_source(
                 regions,
-                device="cpu" if device_id is None else "gpu",
+                device=device,
                 dtype=DALIDataType.FLOAT16 if half else DALIDataType.FLOAT,
                 ndim=3,
                 **shared,
             )
             plan = fn.external_source(plans, dtype=DALIDataType.UINT8, ndim=1, **shared)
             self._names = ["moving", "fixed", "displacement", "mask"]
-            moving = OPERATORS.voxtrast_view(region, plan, view=0)
-            self._pipeline.set_outputs(
-                moving, *OPERATORS.voxtrast_view(region, plan, view=1, displacement=True, mask=True)
-            )
+            view = functools.partial(OPERATORS.voxtrast_view, region, plan, device=device)
+            self._pipeline.set_outputs(view(view=0), *view(view=1, displacement=True, mask=True))
         self._pipeline.build()
 
     def __next__(self) -> dict[str, Any]:

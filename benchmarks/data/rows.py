@@ -116,6 +116,12 @@ def _workers(setting: Setting, *, module: str, needs: str = "", **options: Any) 
     return make
 
 
+def core_seconds_by_part(setting: Setting) -> dict[str, float]:
+    """Of ViewPipeline, a slot; to be called in a process of its own, as DALI stays where it was imported."""
+    found: dict[str, float] = _imported("profile").profile(setting.store, setting.size)
+    return found
+
+
 def _by_workers(module: str, *lacks: str, on_gpu: bool = False, needs: str = "", **options: Any) -> Row:
     devices = ("cpu", "cuda") if on_gpu else ("cpu",)
     prepare = functools.partial(_workers, module=module, needs=needs, **options)

@@ -3,6 +3,8 @@
 import importlib
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from voxtrast.benchmarks.data.host import Host, Turn
 from voxtrast.benchmarks.data.plot import draw, newest
 from voxtrast.benchmarks.data.recipe import draw_slot
 from voxtrast.benchmarks.data.report import lines_of, table
-from voxtrast.benchmarks.data.rows import OURS, ROWS, Setting
+from voxtrast.benchmarks.data.rows import OURS, ROWS, Setting, core_seconds_by_part
 from voxtrast.benchmarks.data.volumes import ColdFiles, load_volumes, make_store, side_of
 from voxtrast.benchmarks.machine import Rates
 from voxtrast.benchmarks.place import Cannot
@@ -56,6 +58,33 @@ def test_a_rival_makes_two_views_of_a_slot(module: str, needs: str, options: dic
         assert check_views(views, SIZE, field=False) == 2
         spread = torch.cat(list(views.values())).std()
         assert 0.3 < spread < 3  # that of the volumes is 1: contrast, brightness and noise are of their range
+
+
+def test_the_operator_alone_makes_the_views_of_the_pipeline(made_store: Path) -> None:
+    ours = importlib.import_module("voxtrast.benchmarks.data.ours")
+    options: dict[str, Any] = {"slots": 2, "threads": 1, "device_id": None}
+    alone = next(ours.OperatorAlone(made_store, SIZE, **options))
+    batch = next(ours.Reading(made_store, SIZE, **options, cold=False))
+    assert check_views(batch, SIZE, field=True) == 4
+    for name in ("moving", "fixed", "displacement", "mask"):
+        assert torch.equal(alone[name], batch[name])
+
+
+def test_the_chain_of_dali_operators_makes_views_and_the_field_of_their_affine(made_store: Path) -> None:
+    by_dali = importlib.import_module("voxtrast.benchmarks.data.by_dali")
+    volumes = load_volumes(made_store, SIZE)
+    chain = by_dali.Chain(volumes, SIZE, slots=2, threads=1, device_id=None, field=True)
+    generator = np.random.default_rng(0)  # as the chain's own
+    number = generator.integers(len(volumes), size=2)[0]
+    origin, (_, draw) = draw_slot(generator, volumes[number], SIZE)
+    batch = next(chain)
+    assert check_views(batch, SIZE, field=True) == 4
+    index = np.stack(np.meshgrid(*[np.arange(SIZE)] * 3, indexing="ij"))
+    place = np.einsum("ij,jdhw->idhw", draw.to_volume[:, :3], index)
+    place += (draw.to_volume[:, 3] - origin)[:, None, None, None]
+    assert np.abs(batch["displacement"][0].numpy() - (place - index)).max() < 1e-4
+    inside = ((place >= 0) & (place <= SIZE - 1)).all(axis=0)
+    assert (batch["mask"][0, 0].numpy() != inside).mean() < 1e-3  # what lies on the border
 
 
 def test_both_ways_to_make_the_grid_are_one_deformation(made_store: Path) -> None:
@@ -190,43 +219,49 @@ def test_a_row_that_cannot_be_built_says_why(tmp_path: Path) -> None:
         Host("grid_sample", Setting(tmp_path, SIZE, 1, "cpu"))
 
 
-def test_rows_take_turns_and_are_written(
-    tmp_path: Path, made_store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(command, "measure_rates", lambda place: RATES)
-    words = ["--crop", str(SIZE), "--store", str(made_store), "--rows", "ours", "grid_sample", "--device", "cpu"]
-    words += ["--rounds", "2", "--seconds", "0.05", "--workers", "1", "--output", str(tmp_path / "here.jsonl")]
-    assert command.main(words) == 0
-    ours, rival, parts = (json.loads(line) for line in (tmp_path / "here.jsonl").read_text().splitlines())
-    assert (ours["provider"], rival["provider"], ours["op"], ours["rounds"]) == ("ours", "grid_sample", "views", 2)
-    for line in (ours, rival):
-        assert line["views_per_s"] > 0
-        # One core, and one that hands over.
-        assert 0.2 < line["cpu_s_per_view"] * line["views_per_s"] < 3
-        assert line["peak_memory_mb"] is None or line["peak_memory_mb"] > 0
-    assert {"voxtrast", "torch", "nvidia-dali-cuda130"} <= set(ours["versions"])
-    seconds = parts["parts_s"]
-    assert all(seconds[part] > 0 for part in seconds if part != "the rest")
-    # The parts make up the whole, each view taking longer than the plan of both.
-    assert seconds["first view"] > seconds["plan"]
-    said = capsys.readouterr().out
-    assert "where the time goes, 24^3" in said
+def test_the_core_time_of_the_parts_makes_up_the_whole(made_store: Path) -> None:
+    parts = core_seconds_by_part(Setting(made_store, SIZE, 1, "cpu"))
+    assert list(parts)[:2] == ["plan", "open the file"]
+    rest = parts.pop("the rest")
+    assert all(seconds > 0 for seconds in parts.values())
+    assert parts["second view, field, mask"] > parts["plan"]
+    assert rest + sum(parts.values()) > max(parts.values())
+
+
+def run_command(*words: str) -> tuple[list[dict[str, Any]], str]:
+    """By the command itself: what runs as __main__ is another module in the processes that it starts."""
+    words = ("--device", "cpu", "--workers", "1", *words)
+    done = subprocess.run([sys.executable, "-m", "voxtrast.benchmarks.data", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in Path(words[-1]).read_text().splitlines()], done.stdout
+
+
+def test_turns_of_a_row_are_measured_and_written(tmp_path: Path, made_store: Path) -> None:
+    words = ["--crop", str(SIZE), "--store", str(made_store), "--rows", "grid_sample", "--rounds", "2"]
+    (line,), said = run_command(*words, "--seconds", "0.05", "--output", str(tmp_path / "here.jsonl"))
+    assert (line["provider"], line["op"], line["rounds"], line["shape"]) == ("grid_sample", "views", 2, {"crop": SIZE})
+    assert line["views_per_s"] > 0
+    # The core of the worker, and something for who hands over.
+    assert 0.2 < line["cpu_s_per_view"] * line["views_per_s"] < 2.5
+    assert line["peak_memory_mb"] is None or line["peak_memory_mb"] > 0
+    assert {"voxtrast", "torch", "nvidia-dali-cuda130"} <= set(line["versions"])
     assert "one affine without deformation" in said
     assert f"views of {SIZE}^3, float32, 1 workers" in said
 
 
 @pytest.mark.slow
 def test_every_row_is_measured(tmp_path: Path) -> None:
-    words = ["--crop", "32", "--rounds", "1", "--seconds", "0.2", "--device", "cpu"]
-    assert command.main([*words, "--output", str(tmp_path / "here.jsonl")]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "here.jsonl").read_text().splitlines()]
+    words = ["--crop", "32", "--rounds", "1", "--seconds", "0.2", "--output", str(tmp_path / "here.jsonl")]
+    lines, said = run_command(*words)
     assert lines.pop()["op"] == "views: profile"
+    assert "where the time goes, 32^3" in said
     assert [line["provider"] for line in lines] == list(ROWS)
     for line in lines:
         if "cannot" in line:  # what may be missing, or impossible where the store lies
             assert line["provider"] in ("TorchIO", "ours, cold files")
         else:
             assert line["views_per_s"] > 0
+            assert line["ratio_to_ours"] > 0
 
 
 def test_an_epoch_of_a_recipe_and_the_wait_of_its_steps(tiny_store: Path, tmp_path: Path) -> None:
