@@ -98,7 +98,7 @@ def _serve(row: str, setting: Setting, connection: Connection) -> None:
         while True:
             seconds, memory = connection.recv()
             connection.send((READY, worker.turn(seconds, memory)))
-    except EOFError:
+    except (EOFError, BrokenPipeError):  # nobody waits for it any more
         return
     except Cannot as why:
         connection.send((FAILED, str(why)))
