@@ -5,6 +5,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +18,7 @@ from voxtrast.kernels.stream_copy import stream_copy
 
 from .place import CPU, Place
 
-PACKAGES = ("voxtrast", "torch", "triton", "monai", "lightly", "pytorch-metric-learning", "pykeops", "inf-cl")
+PACKAGES = ("triton", "monai", "lightly", "pytorch-metric-learning", "pykeops", "inf-cl")
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,14 @@ def _rates_of_gpu(place: Place) -> Rates:
     return Rates(*rates, side_by_side=True)
 
 
-def machine(place: Place = CPU) -> dict[str, Any]:
+def machine(place: Place = CPU, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """Args: packages: whose versions are of interest, besides ours and torch's."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": os.environ.get("VOXTRAST_COMMIT") or _described_commit(),
         **(_gpu(place) if place.on_gpu else _processor()),
         "load": os.getloadavg()[0],
-        "versions": _versions(),
+        "versions": _versions(("voxtrast", "torch", *packages)),
     }
 
 
@@ -111,9 +113,9 @@ def _gpu(place: Place) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def _versions(packages: Sequence[str]) -> dict[str, str]:
     found = {}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

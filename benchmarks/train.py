@@ -14,7 +14,7 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ PARTS = (
     "encoder backward",
     "optimizer",
 )
+FORMS = ("ours", "references")
 
 
 class Clock:
@@ -134,6 +135,11 @@ class Form:
     def median(self, part: str) -> float:
         return statistics.median(taken[part] for taken in self.taken[1:])  # the first step warms up
 
+    def share_of_waiting(self) -> float:
+        """Of the time of all steps but the first."""
+        taken = self.taken[1:]
+        return sum(each["data"] for each in taken) / sum(sum(each.values()) for each in taken)
+
     def whole(self) -> float:
         """Of the step without the wait for data."""
         return statistics.median(sum(taken.values()) - taken["data"] for taken in self.taken[1:])
@@ -152,12 +158,15 @@ def operator_seconds(form: Form, batch: Batch) -> dict[str, float]:
     }
 
 
-def measure(config: Config, steps: int, place: Place) -> tuple[list[Form], dict[str, float], float]:
-    """Both forms after `steps` steps each, the seconds in our operators, and the largest difference of two losses."""
+def measure(
+    config: Config, steps: int, place: Place, names: Sequence[str] = FORMS
+) -> tuple[list[Form], dict[str, float], float]:
+    """The forms after `steps` steps each, where there are two the seconds in our operators, and their losses'
+    largest difference."""
     method = build_method(config)
     if not hasattr(method, "backbone"):
         raise UserError(f"{config.recipe}: its method has no backbone to tell parts of")
-    forms = [Form(name, copy.deepcopy(method), config, place) for name in ("ours", "references")]
+    forms = [Form(name, copy.deepcopy(method), config, place) for name in names]
     store, cases, _, _ = open_cases(config)
     device_id = place.device.index if place.on_gpu else None
     loader = {"threads": config.loader.threads, "prefetch": config.loader.prefetch, "device_id": device_id}
@@ -172,8 +181,9 @@ def measure(config: Config, steps: int, place: Place) -> tuple[list[Form], dict[
                     (batch,) = next(batches)
                     waited = time.perf_counter() - began
                 form.step(batch, number, waited)
-    difference = max(abs(a - b) / abs(b) for a, b in zip(*(form.losses for form in forms), strict=True))
-    inside = {} if place.on_gpu else operator_seconds(forms[0], batch)
+    losses = zip(forms[0].losses, forms[-1].losses, strict=True)
+    difference = max(abs(a - b) / abs(b) for a, b in losses)
+    inside = {} if place.on_gpu or len(forms) == 1 else operator_seconds(forms[0], batch)
     return forms, inside, difference
 
 
