@@ -176,9 +176,7 @@ for tool in memcheck racecheck; do
 done
 bench=("$ours" -m voxtrast.benchmarks.kernels --device cuda)
 step bench_quick 150 "${bench[@]}" --quick --output "$out/quick.jsonl"
-if [ -e "$source/benchmarks/data.py" ]; then # voxtrast bench data
-    step bench_data 420 "$ours" -m voxtrast.benchmarks.data --device cuda --output "$out"
-fi
+step bench_data 420 "$ours" -m voxtrast.benchmarks.data --device cuda --crop 96 --rounds 3 --output "$out"
 ops=(info_nce nt_xent positional_info_nce bank_info_nce local_correlation warp warped_cosine_loss vector_pyramid)
 for op in "${ops[@]}"; do # a process each: a lost CUDA context loses one of them
     step "bench_$op" 420 "${bench[@]}" --op "$op" --output "$out"
