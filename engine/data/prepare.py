@@ -90,7 +90,7 @@ def prepare(
         workers: processes, each with one thread; the number of cores by default. A cluster has its own.
         minimum_size_voxels: a volume with a shorter axis after resampling is rejected.
         device: "cpu" or "cuda", for resampling.
-        timeout_s: a volume that takes a worker longer is given up.
+        timeout_s: a volume that takes a worker longer is given up; math.inf for no limit.
         memory_limit_gb: of a worker; a volume that would need more, by its header, is rejected unread.
         scheduler: address of a Dask scheduler; its workers see `raw` and `store` at the same paths.
         shard: "i/n": only slice i of n, for `merge` to put together.

@@ -8,6 +8,7 @@ owns one fresh process and talks to it in JSON lines, so that a death names its 
 import contextlib
 import ctypes
 import json
+import math
 import os
 import queue
 import select
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -27,6 +29,7 @@ ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1"
 )
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+LONGEST_POLL_S = 1e6  # poll(2) counts milliseconds in 32 bits
 
 
 class WorkerStartError(UserError):
@@ -91,7 +94,11 @@ class Worker:
 def _readable(descriptor: int, timeout_s: float | None) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
+    until = math.inf if timeout_s is None else time.monotonic() + timeout_s
+    while not poll.poll(min(max(0.0, until - time.monotonic()), LONGEST_POLL_S) * 1000):
+        if time.monotonic() >= until:
+            return False
+    return True
 
 
 class Pool:
