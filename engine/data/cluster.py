@@ -1,12 +1,15 @@
 """The pool on a Dask cluster. Each Dask worker runs jobs in a process of its own, the one that the local pool has:
 time-outs, deaths and warnings of readers are the same there, and the Dask worker survives them."""
 
+import asyncio
 import importlib
 import queue
 import secrets
 import socket
+import struct
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from .store import StoreWriteError
 from .workers import Job, Pool, Worker
 
 CONNECT_S = 20.0
+REMEDY = "give the address that dask-scheduler printed, for example tcp://host:8786"
 ALONE_S = 300.0  # without any worker, before the run is given up
 _own = threading.local()  # in a Dask worker: the process of each of its threads
 
@@ -35,12 +39,11 @@ class ClusterPool(Pool):
         self._token = self._store / f".token-{secrets.token_hex(8)}.tmp"
 
     def __enter__(self) -> "ClusterPool":
+        self._check_scheduler()
         try:
             self._client = self._dask.Client(self._address, timeout=CONNECT_S, set_as_default=False)
-        except (OSError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            remedy = "give the address that dask-scheduler printed, for example tcp://host:8786"
-            raise UserError(f"no Dask scheduler answers at {self._address} ({first}): {remedy}") from None
+        except OSError as error:
+            raise self._unanswered(error) from None
         try:
             self._check_workers()
         except BaseException:
@@ -51,6 +54,34 @@ class ClusterPool(Pool):
     def __exit__(self, *_: object) -> None:
         self._client.close()  # and with it goes whatever is still to be done
         self._token.unlink(missing_ok=True)
+
+    def _check_scheduler(self) -> None:
+        """Ask before there is a client: its own time-out does not bound the wait for what is no scheduler to speak."""
+        with ThreadPoolExecutor(1) as thread:  # as the caller may be in an event loop of its own
+            answer = thread.submit(asyncio.run, self._listener())
+        try:
+            kind = answer.result()
+        except (TimeoutError, asyncio.TimeoutError, MemoryError, struct.error):  # silence, or another protocol
+            found = f"something listens at {self._address}, and it is no Dask scheduler (the dashboard?)"
+            raise UserError(f"{found}: {REMEDY}") from None
+        except Exception as error:  # of any kind: nobody there, no such address, TLS without certificates
+            raise self._unanswered(error) from None
+        if kind != "Scheduler":
+            raise UserError(f"a Dask {kind.lower()} listens at {self._address}, not a scheduler: {REMEDY}")
+
+    def _unanswered(self, error: Exception) -> UserError:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return UserError(f"no Dask scheduler answers at {self._address} ({first}): {REMEDY}")
+
+    async def _listener(self) -> str:
+        secured = self._dask.Security().get_connection_args("client")
+
+        async def ask() -> str:
+            # What nobody listens at is an OSError, in half of the time.
+            async with self._dask.rpc(self._address, timeout=CONNECT_S / 2, connection_args=secured) as there:
+                return str((await there.identity())["type"])
+
+        return await asyncio.wait_for(ask(), CONNECT_S)
 
     def _check_workers(self) -> None:
         try:

@@ -1,8 +1,11 @@
 """On a Dask cluster: the same store, whatever happens to its workers; and what is missing there is said at once."""
 
+import asyncio
+import gc
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -88,6 +91,58 @@ def test_no_scheduler_and_no_worker_are_errors(
         pytest.raises(UserError, match="has no workers: start some with `dask worker tcp"),
     ):
         run(tmp_path / "raw", tmp_path / "store", scheduler=empty.scheduler_address)
+
+
+@pytest.fixture
+def ignored(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Errors of finalizers, which Python prints and passes over."""
+    found: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda about: found.append(about.exc_value))
+    return found
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """As the dashboard's: it takes the connection, and waits for words of its own language."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def test_what_is_no_scheduler_is_named_in_time_and_leaves_no_traces(
+    address: str, tmp_path: Path, write: Callable, run: Callable, silent_port: int, ignored: list,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    write(tmp_path / "raw/a.nii.gz", 1)
+    monkeypatch.setattr(cluster, "CONNECT_S", 1.0)
+    with distributed.Client(address, set_as_default=False) as client:
+        worker = next(iter(client.scheduler_info()["workers"]))
+    for place, words in (
+        (
+            f"tcp://127.0.0.1:{silent_port}",
+            r"something listens at \S+, and it is no Dask scheduler \(the dashboard\?\)",
+        ),
+        (worker, "a Dask worker listens at .*, not a scheduler: give the address"),
+        ("tcp://127.0.0.1:9", "no Dask scheduler answers"),
+        ("nonsense://x", "no Dask scheduler answers"),
+        ("tls://127.0.0.1:9", "no Dask scheduler answers .*TLS"),
+    ):
+        began = time.monotonic()
+        with pytest.raises(UserError, match=words):
+            run(tmp_path / "raw", tmp_path / "store", scheduler=place)
+        assert time.monotonic() - began < 3
+    gc.collect()
+    assert not ignored
+
+
+def test_a_client_is_made_within_an_event_loop_too(
+    address: str, tmp_path: Path, write: Callable, run: Callable
+) -> None:
+    write(tmp_path / "raw/a.nii.gz", 1)
+
+    async def notebook() -> int:
+        return run(tmp_path / "raw", tmp_path / "store", scheduler=address).prepared
+
+    assert asyncio.run(notebook()) == 1
 
 
 def test_without_distributed_the_extra_is_named(
