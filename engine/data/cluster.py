@@ -2,6 +2,7 @@
 time-outs, deaths and warnings of readers are the same there, and the Dask worker survives them."""
 
 import asyncio
+import contextlib
 import importlib
 import queue
 import secrets
@@ -22,7 +23,10 @@ from .workers import Job, Pool, Worker
 CONNECT_S = 20.0
 REMEDY = "give the address that dask-scheduler printed, for example tcp://host:8786"
 ALONE_S = 300.0  # without any worker, before the run is given up
-_own = threading.local()  # in a Dask worker: the process of each of its threads
+# In a Dask worker: the process of each of its threads, by the token of the run that it works for.
+_workers: dict[str, dict[int, Worker]] = {}
+_ended: set[str] = set()
+_lock = threading.Lock()
 
 
 class ClusterPool(Pool):
@@ -52,8 +56,13 @@ class ClusterPool(Pool):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._client.close()  # and with it goes whatever is still to be done
         self._token.unlink(missing_ok=True)
+        # Jobs in the middle would write to a store that is no longer locked. A Dask worker that cannot be reached ends
+        # with the loss of its scheduler, and its processes with it.
+        with contextlib.suppress(Exception):
+            run = str(self._store), str(self._token)
+            self._client.run(end_there, *run, on_error="ignore", callback_timeout=CONNECT_S)
+        self._client.close()  # and with it goes whatever is still to be done
 
     def _check_scheduler(self) -> None:
         """Ask before there is a client: its own time-out does not bound the wait for what is no scheduler to speak."""
@@ -102,6 +111,7 @@ class ClusterPool(Pool):
         for worker, missing in sorted(answers.items()):
             if missing:
                 raise UserError(f"Dask worker {worker}: {missing}")
+        self._client.run(end_there, str(self._store))  # what a run that was killed has left at work
 
     def _needs(self) -> tuple[str, str, str, str]:
         return version("voxtrast"), str(self._token), str(self._raw), self._device
@@ -172,11 +182,21 @@ def missing_here(expected: str, token: str, raw: str, device: str) -> str:
 
 def perform_there(job: Job, timeout_s: float | None, needs: tuple[str, str, str, str]) -> Job:
     """On a worker: one job, in the process of this thread. A worker that joined late is checked like the others."""
-    if getattr(_own, "checked", None) != needs:
-        if missing := missing_here(*needs):
-            return {"missing": missing, "host": socket.gethostname()}
-        _own.checked = needs
-    if not hasattr(_own, "worker"):
-        _own.worker = Worker()
-    reply: Job = _own.worker.perform(job, timeout_s)
-    return reply
+    token, thread = needs[1], threading.get_ident()
+    if thread not in _workers.get(token, {}) and (missing := missing_here(*needs)):
+        return {"missing": missing, "host": socket.gethostname()}
+    with _lock:
+        if token in _ended:
+            return {"died": "the end of its run"}
+        worker = _workers.setdefault(token, {}).setdefault(thread, Worker())
+    return worker.perform(job, timeout_s)
+
+
+def end_there(store: str, token: str = "") -> None:
+    """On a worker: end the processes of every run on a store, and start none for the run of this token any more."""
+    with _lock:
+        tokens = {each for each in _workers if Path(each).parent == Path(store)}
+        _ended.update(tokens | {token})
+        workers = [worker for each in tokens for worker in _workers.pop(each).values()]
+    for worker in workers:
+        worker.close()

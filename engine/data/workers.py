@@ -41,12 +41,17 @@ class Worker:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
+        self._closed = False
 
     def perform(self, job: Job, timeout_s: float | None = None) -> Job:
         """The reply; {"died": how} where the process ended before it replied, {"late": seconds} where it took longer
         and was ended."""
-        if self.process is None:
+        if self.process is None and not self._closed:
             self.process = self._start()
+        if self._closed:  # perhaps while it started
+            self.end()
+            return {"died": "the end of its run"}
+        assert self.process is not None
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # then it is dead, and the empty line below says so
@@ -89,6 +94,13 @@ class Worker:
                 self.process.kill()
             self.process.communicate()
             self.process = None
+
+    def close(self) -> None:
+        """From any thread: end the process, whatever it is doing, and start no other."""
+        self._closed = True
+        if (process := self.process) is not None:
+            process.kill()
+            process.wait()
 
 
 def _readable(descriptor: int, timeout_s: float | None) -> bool:
@@ -151,8 +163,7 @@ class WorkerPool(Pool):
     def __exit__(self, *_: object) -> None:
         self._closing = True
         for worker in self._workers:
-            if (process := worker.process) is not None:
-                process.kill()
+            worker.close()
         for _thread in self._threads:
             self._jobs.put(None)
         for thread in self._threads:

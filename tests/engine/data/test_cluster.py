@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from voxtrast.engine.data import cluster
+from voxtrast.engine.data import cluster, workers
 from voxtrast.engine.data.store import Store
 from voxtrast.engine.errors import UserError
 
@@ -152,6 +152,78 @@ def test_without_distributed_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UserError, match=r"distributed is not installed: install voxtrast\[dask\]"):
         run(tmp_path / "raw", tmp_path / "store", scheduler="tcp://127.0.0.1:9")
+
+
+def test_no_job_outlives_its_run(
+    address: str, tmp_path: Path, write: Callable, run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One job ends the run, by saying that the disk is full, while another is in the middle of its work."""
+    for number, name in enumerate(("full", "slow", "slower")):
+        write(tmp_path / f"raw/{name}.nii.gz", number)
+    mark = tmp_path / "mark"
+    program = (
+        "import os, time; from voxtrast.engine.data import conversion, workers\n"
+        f"mark = {str(mark)!r}\n"
+        "def perform(job):\n"
+        "    if job['task'] != 'convert': return conversion.perform(job)\n"
+        "    if job['id'].startswith('slow'):\n"
+        "        with open(mark, 'a') as stream: stream.write(f'{os.getpid()}\\n')\n"
+        "        time.sleep(600)\n"
+        "    while not os.path.exists(mark): time.sleep(0.01)\n"
+        "    return {'store_error': 'no space', 'number': 28}\n"
+        "workers.serve(perform)\n"
+    )
+    monkeypatch.setattr(workers, "PROGRAM", program)
+    with pytest.raises(UserError, match="cannot write to the store: no space"):
+        run(tmp_path / "raw", tmp_path / "store", scheduler=address)
+    assert not [number for number in mark.read_text().split() if Path(f"/proc/{number}").exists()]
+    time.sleep(0.5)  # for the other job, had it been started in place of the one that was ended
+    assert len(mark.read_text().split()) == 1
+    monkeypatch.undo()
+    assert run(tmp_path / "raw", tmp_path / "store", scheduler=address).prepared == 3, "the Dask workers are free"
+
+
+def test_the_processes_of_a_run_that_was_killed_end_before_the_next_begins(
+    address: str, tmp_path: Path, write: Callable, run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "raw/a.nii.gz", 1)
+    left = {name: workers.Worker() for name in ("store", "other")}
+    for name, worker in left.items():
+        worker.perform({"task": "digest", "source": "a", "files": [str(tmp_path / "raw/a.nii.gz")], "label": None})
+        monkeypatch.setitem(cluster._workers, str(tmp_path / name / ".token-1.tmp"), {1: worker})
+    processes = {name: worker.process for name, worker in left.items()}
+    batch, at_work = cluster.ClusterPool.batch, []
+
+    def look(self: object, jobs: list) -> Iterator:
+        at_work.append({name for name, process in processes.items() if process.poll() is None})
+        return batch(self, jobs)
+
+    monkeypatch.setattr(cluster.ClusterPool, "batch", look)
+    assert run(tmp_path / "raw", tmp_path / "store", scheduler=address).prepared == 1
+    assert at_work[0] == {"other"}
+    left["other"].end()
+
+
+def test_a_process_that_is_closed_while_it_starts_performs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "mark"
+    program = (
+        "import sys, time\n"
+        f"open({str(mark)!r}, 'w').close(); time.sleep(0.2); print('ready', flush=True)\n"
+        f"for line in sys.stdin: open({str(mark)!r}, 'w').write('performed'); print('{{}}', flush=True)\n"
+    )
+    monkeypatch.setattr(workers, "PROGRAM", program)
+    worker, replies = workers.Worker(), []
+    thread = threading.Thread(target=lambda: replies.append(worker.perform({"task": "convert"})))
+    thread.start()
+    while not mark.exists():
+        time.sleep(0.01)
+    worker.close()
+    thread.join()
+    assert replies == [{"died": "the end of its run"}]
+    assert (worker.process, mark.read_text()) == (None, "")
+    assert worker.perform({"task": "convert"}) == replies[0]
 
 
 class Task:
