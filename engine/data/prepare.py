@@ -103,7 +103,8 @@ def prepare(
         device: "cpu" or "cuda", for resampling.
         timeout_s: a volume that takes a worker longer is given up; math.inf for no limit.
         memory_limit_gb: of a worker; a volume that would need more, by its header, is rejected unread.
-        scheduler: address of a Dask scheduler; its workers see `raw` and `store` at the same paths.
+        scheduler: address of a Dask scheduler; its workers see `raw` and `store` at the same paths. Equal bytes need
+            the same kind of processor in all of them; so do shards.
         shard: "i/n": only slice i of n, for `merge` to put together.
         progress: show a bar on standard error, or a line a minute where that is no terminal.
 
