@@ -247,6 +247,22 @@ def test_a_reply_lost_with_its_worker_is_waited_for_again(tmp_path: Path) -> Non
     assert list(pool.map([{"task": "digest"}, {"task": "digest"}])) == [(0, {"done": 1}), (1, {"done": 1})]
 
 
+class Killer(threading.Thread):
+    """Kills a process once a run has noted so many volumes, and looks whether the run was in the middle then."""
+
+    def __init__(self, victim: int, store: Path, after: int) -> None:
+        super().__init__(daemon=True)
+        self.victim, self.store, self.after = victim, store, after
+        self.start()
+
+    def run(self) -> None:
+        journal = self.store / "journal.jsonl"
+        while not (journal.exists() and journal.read_bytes().count(b"\n") >= self.after):
+            time.sleep(0.01)
+        os.kill(self.victim, signal.SIGKILL)
+        self.at_work = {"journal": journal.exists(), "index": (self.store / "index.jsonl").exists()}
+
+
 @pytest.mark.slow
 def test_a_dask_worker_killed_in_the_middle_costs_nothing(
     tmp_path: Path,
@@ -259,22 +275,13 @@ def test_a_dask_worker_killed_in_the_middle_costs_nothing(
     for number in range(12):
         write(tmp_path / f"raw/{number:02d}.nii.gz", values(number, (90, 90, 90)), (0.9, 0.9, 0.9))
     run(tmp_path / "raw", tmp_path / "local", workers=2)
-    store, killed = tmp_path / "store", []
+    store = tmp_path / "store"
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as running:
-
-        def kill() -> None:
-            journal = store / "journal.jsonl"
-            while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2):
-                time.sleep(0.01)
-            killed.append(running.workers[0].pid)
-            os.kill(killed[0], signal.SIGKILL)
-
-        thread = threading.Thread(target=kill)
-        thread.start()
+        killer = Killer(running.workers[0].pid, store, after=2)
         monkeypatch.chdir(tmp_path)  # the workers stay where they are
         summary = run("raw", "store", scheduler=running.scheduler_address)
-        thread.join()
-    assert len(killed) == 1
+        killer.join()
+    assert killer.at_work == {"journal": True, "index": False}
     assert (summary.prepared, summary.exit_code) == (12, 0)
     assert contents(store) == contents(tmp_path / "local")
 
@@ -283,20 +290,22 @@ def test_a_dask_worker_killed_in_the_middle_costs_nothing(
 def test_real_volumes_are_the_same_by_pool_by_cluster_and_by_shards(
     real_volumes: Path, tmp_path: Path, run: Callable, contents: Callable
 ) -> None:
-    """All of them; a worker of the cluster is killed on the way."""
+    """All folders; a worker of the cluster is killed when a third of the volumes is done."""
     from voxtrast.engine.data.prepare import merge
 
     raw, settings = tmp_path / "raw", {"minimum_size_voxels": 8, "workers": 2}
     raw.mkdir()
-    for folder in real_volumes.iterdir():
-        if folder.is_dir():
-            (raw / folder.name).symlink_to(folder.resolve())
+    folders = [folder for folder in real_volumes.iterdir() if folder.is_dir()]
+    for folder in folders:
+        (raw / folder.name).symlink_to(folder.resolve())
     whole = run(raw, tmp_path / "pool", **settings)
     assert whole.prepared > 200
+    assert {case.source.split("/")[0] for case in Store(tmp_path / "pool").cases} == {each.name for each in folders}
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as running:
-        victim = running.workers[1].pid
-        threading.Timer(8.0, lambda: os.kill(victim, signal.SIGKILL)).start()
+        killer = Killer(running.workers[1].pid, tmp_path / "cluster", after=whole.prepared // 3)
         run(raw, tmp_path / "cluster", **settings, scheduler=running.scheduler_address)
+        killer.join()
+    assert killer.at_work == {"journal": True, "index": False}
     for number in (1, 2):
         run(raw, tmp_path / "shards", **settings, shard=f"{number}/2")
     merge(tmp_path / "shards", progress=False)
