@@ -17,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
@@ -132,7 +132,7 @@ WORK = {"resample": _resample, "file to file": _convert}
 
 
 def measure(
-    pool: ProcessPoolExecutor, op: str, files: list[Path], spacing_mm: float, order: int, rounds: int, target: Path
+    pool: Executor, op: str, files: list[Path], spacing_mm: float, order: int, rounds: int, target: Path
 ) -> list[dict[str, Any]]:
     """A line for each provider: volumes a second (median over rounds, after one that is not counted), and processor
     time of a volume, which other work on the machine disturbs less."""
@@ -143,6 +143,7 @@ def measure(
         for name in [each for each in PROVIDERS if each not in cannot]:
             started = time.perf_counter()
             tasks = [pool.submit(WORK[op], name, file, spacing_mm, order, target) for file in files]
+            wait(tasks)  # one that fails would leave the others to the next provider's time
             try:
                 seconds = [task.result() for task in tasks]
             except Exception as error:  # of a peer, of any kind: the others are measured all the same

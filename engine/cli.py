@@ -33,10 +33,16 @@ def prepare(
     minimum_size_voxels: Annotated[int, typer.Option(help="Smaller volumes are rejected.")] = 16,
     from_nnssl: Annotated[Path | None, typer.Option(help="nnssl's pretrain_data.json, in place of RAW.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda, for resampling.")] = "cpu",
-    timeout_s: Annotated[float, typer.Option(help="A volume that takes longer is given up.")] = 3600.0,
+    timeout_s: Annotated[float, typer.Option(help="A volume that takes longer is given up; inf: never.")] = 3600.0,
     memory_limit_gb: Annotated[float | None, typer.Option(help="Of a worker; larger volumes are rejected.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler, to work on its cluster.")] = None,
-    shard: Annotated[str | None, typer.Option(help="i/n: slice i of n, as one of a job array.")] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="Address of a Dask scheduler. Equal bytes need one kind of processor in its cluster."),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="i/n: slice i of n, of a job array. Equal bytes need one kind of processor in all."),
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Put the shards of STORE together.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Verify every checksum of STORE.")] = False,
 ) -> None:

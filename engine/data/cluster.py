@@ -1,12 +1,16 @@
 """The pool on a Dask cluster. Each Dask worker runs jobs in a process of its own, the one that the local pool has:
 time-outs, deaths and warnings of readers are the same there, and the Dask worker survives them."""
 
+import asyncio
+import contextlib
 import importlib
 import queue
 import secrets
 import socket
+import struct
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +21,12 @@ from .store import StoreWriteError
 from .workers import Job, Pool, Worker
 
 CONNECT_S = 20.0
+REMEDY = "give the address that dask-scheduler printed, for example tcp://host:8786"
 ALONE_S = 300.0  # without any worker, before the run is given up
-_own = threading.local()  # in a Dask worker: the process of each of its threads
+# In a Dask worker: the process of each of its threads, by the token of the run that it works for.
+_workers: dict[str, dict[int, Worker]] = {}
+_ended: set[str] = set()
+_lock = threading.Lock()
 
 
 class ClusterPool(Pool):
@@ -35,12 +43,11 @@ class ClusterPool(Pool):
         self._token = self._store / f".token-{secrets.token_hex(8)}.tmp"
 
     def __enter__(self) -> "ClusterPool":
+        self._check_scheduler()
         try:
             self._client = self._dask.Client(self._address, timeout=CONNECT_S, set_as_default=False)
-        except (OSError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            remedy = "give the address that dask-scheduler printed, for example tcp://host:8786"
-            raise UserError(f"no Dask scheduler answers at {self._address} ({first}): {remedy}") from None
+        except OSError as error:
+            raise self._unanswered(error) from None
         try:
             self._check_workers()
         except BaseException:
@@ -49,8 +56,41 @@ class ClusterPool(Pool):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._client.close()  # and with it goes whatever is still to be done
         self._token.unlink(missing_ok=True)
+        # Jobs in the middle would write to a store that is no longer locked. A Dask worker that cannot be reached ends
+        # with the loss of its scheduler, and its processes with it.
+        with contextlib.suppress(Exception):
+            run = str(self._store), str(self._token)
+            self._client.run(end_there, *run, on_error="ignore", callback_timeout=CONNECT_S)
+        self._client.close()  # and with it goes whatever is still to be done
+
+    def _check_scheduler(self) -> None:
+        """Ask before there is a client: its own time-out does not bound the wait for what is no scheduler to speak."""
+        with ThreadPoolExecutor(1) as thread:  # as the caller may be in an event loop of its own
+            answer = thread.submit(asyncio.run, self._listener())
+        try:
+            kind = answer.result()
+        except (TimeoutError, asyncio.TimeoutError, MemoryError, struct.error):  # silence, or another protocol
+            found = f"something listens at {self._address}, and it is no Dask scheduler (the dashboard?)"
+            raise UserError(f"{found}: {REMEDY}") from None
+        except Exception as error:  # of any kind: nobody there, no such address, TLS without certificates
+            raise self._unanswered(error) from None
+        if kind != "Scheduler":
+            raise UserError(f"a Dask {kind.lower()} listens at {self._address}, not a scheduler: {REMEDY}")
+
+    def _unanswered(self, error: Exception) -> UserError:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return UserError(f"no Dask scheduler answers at {self._address} ({first}): {REMEDY}")
+
+    async def _listener(self) -> str:
+        secured = self._dask.Security().get_connection_args("client")
+
+        async def ask() -> str:
+            # What nobody listens at is an OSError, in half of the time.
+            async with self._dask.rpc(self._address, timeout=CONNECT_S / 2, connection_args=secured) as there:
+                return str((await there.identity())["type"])
+
+        return await asyncio.wait_for(ask(), CONNECT_S)
 
     def _check_workers(self) -> None:
         try:
@@ -71,6 +111,7 @@ class ClusterPool(Pool):
         for worker, missing in sorted(answers.items()):
             if missing:
                 raise UserError(f"Dask worker {worker}: {missing}")
+        self._client.run(end_there, str(self._store))  # what a run that was killed has left at work
 
     def _needs(self) -> tuple[str, str, str, str]:
         return version("voxtrast"), str(self._token), str(self._raw), self._device
@@ -141,11 +182,21 @@ def missing_here(expected: str, token: str, raw: str, device: str) -> str:
 
 def perform_there(job: Job, timeout_s: float | None, needs: tuple[str, str, str, str]) -> Job:
     """On a worker: one job, in the process of this thread. A worker that joined late is checked like the others."""
-    if getattr(_own, "checked", None) != needs:
-        if missing := missing_here(*needs):
-            return {"missing": missing, "host": socket.gethostname()}
-        _own.checked = needs
-    if not hasattr(_own, "worker"):
-        _own.worker = Worker()
-    reply: Job = _own.worker.perform(job, timeout_s)
-    return reply
+    token, thread = needs[1], threading.get_ident()
+    if thread not in _workers.get(token, {}) and (missing := missing_here(*needs)):
+        return {"missing": missing, "host": socket.gethostname()}
+    with _lock:
+        if token in _ended:
+            return {"died": "the end of its run"}
+        worker = _workers.setdefault(token, {}).setdefault(thread, Worker())
+    return worker.perform(job, timeout_s)
+
+
+def end_there(store: str, token: str = "") -> None:
+    """On a worker: end the processes of every run on a store, and start none for the run of this token any more."""
+    with _lock:
+        tokens = {each for each in _workers if Path(each).parent == Path(store)}
+        _ended.update(tokens | {token})
+        workers = [worker for each in tokens for worker in _workers.pop(each).values()]
+    for worker in workers:
+        worker.close()

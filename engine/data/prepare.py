@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,18 @@ from .normalise import CT_WINDOW_HU, MR_PERCENTILES
 from .preparation import Preparation, Work
 from .progress import Progress
 from .resampling import ORDERS
-from .sharding import PART, SHARDS, RecordedPool, Shard, read_parts, refuse_parts, remove_parts, shard_store, write_part
+from .sharding import (
+    PART,
+    SHARDS,
+    RecordedPool,
+    Shard,
+    read_parts,
+    refuse_parts,
+    retire_parts,
+    shard_folders,
+    shard_store,
+    write_part,
+)
 from .store import Store, StoreWriteError
 from .workers import Pool, WorkerPool
 
@@ -90,9 +101,10 @@ def prepare(
         workers: processes, each with one thread; the number of cores by default. A cluster has its own.
         minimum_size_voxels: a volume with a shorter axis after resampling is rejected.
         device: "cpu" or "cuda", for resampling.
-        timeout_s: a volume that takes a worker longer is given up.
+        timeout_s: a volume that takes a worker longer is given up; math.inf for no limit.
         memory_limit_gb: of a worker; a volume that would need more, by its header, is rejected unread.
-        scheduler: address of a Dask scheduler; its workers see `raw` and `store` at the same paths.
+        scheduler: address of a Dask scheduler; its workers see `raw` and `store` at the same paths. Equal bytes need
+            the same kind of processor in all of them; so do shards.
         shard: "i/n": only slice i of n, for `merge` to put together.
         progress: show a bar on standard error, or a line a minute where that is no terminal.
 
@@ -131,18 +143,27 @@ def prepare(
         return _run(Preparation(work, target, settings, progress))
     _check_place(store, settings)
     preparation = Preparation(work, target, settings, progress, main=store)
-    return _run(preparation, lambda: write_part(preparation, slice_))
+    # A part that is there is no longer valid, once this run has the shard to itself.
+    return _run(preparation, lambda: layout.remove(target / PART), lambda: write_part(preparation, slice_))
 
 
 def merge(store: str | Path, *, progress: bool = True) -> PrepareSummary:
     """Put the shards of a store together, once all of them have ended: the bytes are those of a run without shards.
 
-    Raises UserError where a shard is missing, or saw other files or settings than the others.
+    Raises UserError where a shard is missing or at work, or saw other files or settings than the others.
     """
     store = Path(store)
-    parts = read_parts(store)
-    work = Work(str(store / SHARDS), parts.find, lambda: RecordedPool(parts, store))
-    return _run(Preparation(work, store, parts.settings, progress), lambda: remove_parts(store))
+    with ExitStack() as locks:
+        for folder in shard_folders(store):
+            locks.enter_context(_locked(folder))
+        parts = read_parts(store)
+        work = Work(str(store / SHARDS), parts.find, lambda: RecordedPool(parts, store))
+
+        def finish() -> None:
+            retire_parts(store)
+            locks.close()  # a network disk keeps the files that somebody has open
+
+        return _run(Preparation(work, store, parts.settings, progress), finish=finish)
 
 
 def check(store: str | Path, *, workers: int | None = None, progress: bool = True) -> list[str]:
@@ -173,14 +194,17 @@ def _inventory(raw: Path, store: Path, modality: str) -> Inventory:
     return of_tree(raw, store)
 
 
-def _run(preparation: Preparation, finish: Callable[[], None] = lambda: None) -> PrepareSummary:
-    """`finish` is the last thing done, with the store still locked."""
+def _run(
+    preparation: Preparation, begin: Callable[[], None] = lambda: None, finish: Callable[[], None] = lambda: None
+) -> PrepareSummary:
+    """`begin` is the first thing done with the store locked, `finish` the last."""
     started = time.monotonic()
     target = preparation.target
     spoken = locale.setlocale(locale.LC_ALL)
     try:
         with _claimed(target, preparation.settings):
             try:
+                begin()
                 preparation.run()
                 finish()
             finally:
@@ -237,22 +261,13 @@ def _settings(spacing_mm: float, modality: str, dtype: str, minimum_size_voxels:
 
 @contextmanager
 def _claimed(target: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Make or check the store's folder and hold its lock. The lock is the kernel's: it goes with the process."""
+    """Make or check the store's folder and hold its lock."""
     try:
         target.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(target)
-        lock = open(target / LOCK, "w")  # noqa: SIM115 - held until the end
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot write to the store {target}: {reason}: {_remedy(error.errno or 0)}") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another prepare is at work on {target}: wait for it to end, or end it") from None
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise UserError(f"the store {target} cannot be locked: {reason}: put it on a disk that can") from error
+        raise _unwritable(target, error) from error
+    with _locked(target):
         layout.remove_leftovers(target)
         _check_settings(target, settings)
         for folder in (layout.VOLUMES, layout.LABELS):
@@ -261,8 +276,29 @@ def _claimed(target: Path, settings: dict[str, Any]) -> Iterator[None]:
             except OSError as error:
                 raise StoreWriteError.of(error, target / folder) from error
         yield
-    finally:
-        lock.close()
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Hold the lock of a store. It is the kernel's: it goes with the process."""
+    try:
+        lock = open(target / LOCK, "w")  # noqa: SIM115 - held until the end
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another prepare is at work on {target}: wait for it to end, or end it") from None
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(f"the store {target} cannot be locked: {reason}: put it on a disk that can") from error
+        yield
+
+
+def _unwritable(target: Path, error: OSError) -> UserError:
+    reason = error.strerror or str(error)
+    return UserError(f"cannot write to the store {target}: {reason}: {_remedy(error.errno or 0)}")
 
 
 def _refuse_foreign(target: Path) -> None:

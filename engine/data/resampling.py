@@ -2,14 +2,15 @@
 
 On a grid along the axes of the input, low-pass, spline prefilter and sampling are all linear and all work axis by axis.
 Their product is a banded matrix of (new, old) voxels, and resampling is three matrix products: the work that processors
-do best. The array module, numpy or cupy, is an argument: the same lines run on the CPU and on a GPU.
+do best. Of the matrix only the band is made, block by block: the whole grows with the square of an axis. The array
+module, numpy or cupy, is an argument: the same lines run on the CPU and on a GPU.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
+from scipy import linalg, ndimage
 
 from .rejection import RejectedError
 
@@ -19,7 +20,41 @@ MOST_VOXELS = 2**30
 FWHM_PER_SIGMA = 2.3548  # of a Gaussian: 2 sqrt(2 ln 2)
 SAME_WEIGHT = 1e-4  # two classes whose linear weights differ by less tie: headers round spacings to float32
 LEAST_WEIGHT = 2.0**-27  # an eighth of float32's rounding: a spline's influence fades to it within 14 old voxels
-BLOCK = 32  # rows of a banded matrix that are multiplied together; what lies outside their columns is skipped
+SPLINE_REACH = 28  # old voxels; what lies beyond would not change the weights in float64
+BLOCK = 32  # new voxels whose weights are computed and multiplied together, fewer where they would span more than
+MOST_SPANNED = 128  # old ones
+
+
+@dataclass(frozen=True)
+class Band:
+    """What each of the `length` old voxels of an axis adds to each of the `count` new ones, as far as it adds anything.
+
+    The blocks are (rows, columns, weights): new voxels, all the old ones that reach any of them, and float32 for each
+    pair. Together the rows are all new voxels.
+    """
+
+    count: int
+    length: int
+    blocks: list[tuple[slice, slice, np.ndarray]]
+
+    def of(self, side: slice) -> tuple[slice, "Band"] | None:
+        """The new voxels that old ones in `side` reach, with their weights of these alone; None if there are none."""
+        cut = []
+        for rows, columns, weights in self.blocks:
+            start = max(columns.start, side.start)
+            stop = max(start, min(columns.stop, side.stop))
+            part = weights[:, start - columns.start : stop - columns.start]
+            cut.append((rows, slice(start - side.start, stop - side.start), part))
+        reached = np.concatenate([rows.start + np.flatnonzero(part.any(axis=1)) for rows, _, part in cut])
+        if not reached.size:
+            return None
+        first, last = int(reached[0]), int(reached[-1]) + 1
+        blocks = [
+            (slice(max(rows.start, first) - first, min(rows.stop, last) - first), columns,
+             part[max(first - rows.start, 0) : last - rows.start])
+            for rows, columns, part in cut if rows.start < last and rows.stop > first
+        ]  # fmt: skip
+        return slice(first, last), Band(last - first, side.stop - side.start, blocks)
 
 
 @dataclass(frozen=True)
@@ -97,10 +132,10 @@ def resample_image(
         ]
         return values[np.ix_(*nearest)]
     axes = zip(values.shape, grid.shape, grid.ratio, grid.offset, strict=True)
-    weights = [None if ratio == 1 else axis_weights(n, count, ratio, offset, order, low_pass)
-               for n, count, ratio, offset in axes]  # fmt: skip
+    bands = [None if ratio == 1 else axis_weights(n, count, ratio, offset, order, low_pass)
+             for n, count, ratio, offset in axes]  # fmt: skip
     device = xp.asarray(values)
-    result = _multiplied(device, weights, xp)
+    result = _multiplied(device, bands, xp)
     return to_host(xp.clip(result, device.min(), device.max(), out=result), xp)
 
 
@@ -108,17 +143,59 @@ def to_host(array: Any, xp: Any) -> np.ndarray:
     return array if xp is np else xp.asnumpy(array)
 
 
-def axis_weights(
-    length: int, count: int, ratio: float, offset: float, order: int, low_pass: bool = False
-) -> np.ndarray:
-    """(count, length) float64: what each old voxel of an axis adds to each new one."""
-    basis = np.eye(length)
-    if low_pass and ratio > 1:
-        width = np.sqrt(ratio**2 - 1) / FWHM_PER_SIGMA
-        basis = ndimage.gaussian_filter1d(basis, width, axis=0, mode="nearest", truncate=3.0)
-    if order > 1 and length > 1:
-        basis = ndimage.spline_filter1d(basis, order, axis=0, output=np.float64, mode="mirror")
-    return sum(factor[:, None] * basis[index] for index, factor in _taps(length, count, ratio, offset, order))
+def axis_weights(length: int, count: int, ratio: float, offset: float, order: int, low_pass: bool = False) -> Band:
+    """Low-pass, spline prefilter and sampling along an axis, as one."""
+    taps = _taps(length, count, ratio, offset, order)
+    width = float(np.sqrt(ratio**2 - 1)) / FWHM_PER_SIGMA if low_pass and ratio > 1 else 0.0
+    together = max(1, min(BLOCK, int(MOST_SPANNED / ratio)))
+    blocks = []
+    for start in range(0, count, together):
+        rows = slice(start, min(start + together, count))
+        first, weights = _block([(index[rows], factor[rows]) for index, factor in taps], length, order, width)
+        used = np.flatnonzero((np.abs(weights) > LEAST_WEIGHT).any(axis=0))
+        columns = slice(first + int(used[0]), first + int(used[-1]) + 1)
+        blocks.append((rows, columns, weights[:, used[0] : used[-1] + 1].astype(np.float32)))
+    return Band(count, length, blocks)
+
+
+def _block(taps: list[tuple[np.ndarray, np.ndarray]], length: int, order: int, width: float) -> tuple[int, np.ndarray]:
+    """(rows, old voxels) float64 of the new voxels with these taps, and the first of the old ones.
+
+    Of all three steps the transposes are applied to the rows, last step first: no step needs more than the old voxels
+    around these rows.
+    """
+    reach = SPLINE_REACH if order == 3 else 0
+    low = max(min(int(index.min()) for index, _ in taps) - reach, 0)
+    high = min(max(int(index.max()) for index, _ in taps) + reach, length - 1)
+    weights = np.zeros((len(taps[0][0]), high - low + 1))
+    for index, factor in taps:
+        weights[np.arange(len(index)), index - low] += factor
+    if order == 3 and length > 1:
+        weights = _prefiltered(weights)
+    if width > 0:
+        radius = int(3.0 * width + 0.5)  # as gaussian_filter1d has it
+        weights = np.pad(weights, ((0, 0), (radius, radius)))
+        weights = ndimage.gaussian_filter1d(weights, width, axis=1, mode="constant", truncate=3.0)
+        low, high = low - radius, high + radius
+        if low < 0:  # beyond the ends the outermost voxel is repeated
+            weights[:, -low] += weights[:, :-low].sum(axis=1)
+            weights, low = weights[:, -low:], 0
+        if (beyond := high - (length - 1)) > 0:
+            weights[:, -beyond - 1] += weights[:, -beyond:].sum(axis=1)
+            weights = weights[:, :-beyond]
+    return low, weights
+
+
+def _prefiltered(weights: np.ndarray) -> np.ndarray:
+    """Weights of cubic B-splines, (rows, voxels), turned into weights of the voxels that they go through.
+
+    Values are (1 4 1) / 6 of the coefficients around them, mirrored at the ends: solved for the transpose of that.
+    """
+    band = np.full((3, weights.shape[1]), 1 / 6)
+    band[1] = 4 / 6
+    band[0, -1] = band[2, 0] = 2 / 6
+    solved: np.ndarray = linalg.solve_banded((1, 1), band, weights.T).T
+    return solved
 
 
 def _taps(length: int, count: int, ratio: float, offset: float, order: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -139,33 +216,23 @@ def _taps(length: int, count: int, ratio: float, offset: float, order: int) -> l
     return [(np.clip(last - np.abs(last - index), 0, last), each) for index, each in zip(indices, factors, strict=True)]
 
 
-def _multiplied(values: Any, weights: list[np.ndarray | None], xp: Any) -> Any:
+def _multiplied(values: Any, bands: list[Band | None], xp: Any) -> Any:
     """Each axis multiplied by its (new, old) matrix, in float32; the one that shrinks most comes first."""
-    steps = [(axis, matrix) for axis, matrix in enumerate(weights) if matrix is not None]
-    for axis, matrix in sorted(steps, key=lambda step: step[1].shape[0] / step[1].shape[1]):
-        before, (count, length), after = values.shape[:axis], matrix.shape, values.shape[axis + 1 :]
-        result = xp.empty((*before, count, *after), np.float32)
+    steps = [(axis, band) for axis, band in enumerate(bands) if band is not None]
+    for axis, band in sorted(steps, key=lambda step: step[1].count / step[1].length):
+        before, after = values.shape[:axis], values.shape[axis + 1 :]
+        result = xp.empty((*before, band.count, *after), np.float32)
         # All axes before the last as rows, or all behind the first as columns: large products instead of many small.
-        old = values.reshape(-1, length) if not after else values.reshape(*before, length, -1)
-        new = result.reshape(-1, count) if not after else result.reshape(*before, count, -1)
-        for rows, columns in _blocks(matrix):
-            part = xp.asarray(matrix[rows, columns].astype(np.float32))
+        old = values.reshape(-1, band.length) if not after else values.reshape(*before, band.length, -1)
+        new = result.reshape(-1, band.count) if not after else result.reshape(*before, band.count, -1)
+        for rows, columns, weights in band.blocks:
+            part = xp.asarray(np.ascontiguousarray(weights))
             if after:
                 xp.matmul(part, old[..., columns, :], out=new[..., rows, :])
             else:
                 xp.matmul(old[:, columns], part.T, out=new[:, rows])
         values = result
     return values
-
-
-def _blocks(matrix: np.ndarray) -> list[tuple[slice, slice]]:
-    """Rows of the matrix, `BLOCK` by `BLOCK`, each with the columns that hold its weights."""
-    result = []
-    for start in range(0, len(matrix), BLOCK):
-        rows = slice(start, min(start + BLOCK, len(matrix)))
-        used = np.flatnonzero((np.abs(matrix[rows]) > LEAST_WEIGHT).any(axis=0))
-        result.append((rows, slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 0)))
-    return result
 
 
 def resample_label(values: np.ndarray, grid: Grid, *, xp: Any = np) -> np.ndarray:
@@ -179,7 +246,7 @@ def resample_label(values: np.ndarray, grid: Grid, *, xp: Any = np) -> np.ndarra
     if grid.same:
         return values
     axes = zip(values.shape, grid.shape, grid.ratio, grid.offset, strict=True)
-    weights = [axis_weights(*axis, order=1) for axis in axes]
+    bands = [axis_weights(*axis, order=1) for axis in axes]
     odd = sum(np.ogrid[tuple(slice(0, count) for count in grid.shape)]) % 2 == 1
     margin = xp.asarray(np.where(odd, np.float32(-SAME_WEIGHT), np.float32(SAME_WEIGHT)))
     largest = xp.zeros(grid.shape, np.float32)
@@ -189,13 +256,12 @@ def resample_label(values: np.ndarray, grid: Grid, *, xp: Any = np) -> np.ndarra
     for number, box in enumerate(boxes):
         if box is None:
             continue
-        inside = [matrix[:, side] for matrix, side in zip(weights, box, strict=True)]
-        reached = [np.flatnonzero(matrix.any(axis=1)) for matrix in inside]
-        if any(rows.size == 0 for rows in reached):  # between two new voxels
+        inside = [found for band, side in zip(bands, box, strict=True) if (found := band.of(side)) is not None]
+        if len(inside) < 3:  # between two new voxels
             continue
-        where = tuple(slice(int(rows[0]), int(rows[-1]) + 1) for rows in reached)
+        where = tuple(rows for rows, _ in inside)
         mask = xp.asarray((values[box] == number).astype(np.float32))
-        weight = _multiplied(mask, [matrix[rows] for matrix, rows in zip(inside, where, strict=True)], xp)
+        weight = _multiplied(mask, [band for _, band in inside], xp)
         ahead = weight > largest[where] + margin[where]
         ahead &= weight > SAME_WEIGHT
         result[where][ahead] = number

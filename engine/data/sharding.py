@@ -52,21 +52,16 @@ class Shard:
         return int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16) % self.count == self.number - 1
 
 
+def shard_folders(store: Path) -> list[Path]:
+    return sorted(each for each in (store / SHARDS).glob("*-of-*") if each.is_dir())
+
+
 def shard_store(store: Path, shard: Shard) -> Path:
-    """The shard's own store; refuses where shards of another number are not merged yet. Its part is no longer valid."""
-    others = sorted(each.name for each in (store / SHARDS).glob("*-of-*"))
-    if strange := [name for name in others if not name.endswith(f"-of-{shard.count}")]:
+    """The shard's own store; refuses where shards of another number are not merged yet."""
+    if strange := [each.name for each in shard_folders(store) if not each.name.endswith(f"-of-{shard.count}")]:
         remedy = f"merge them first (prepare --merge {store}), or delete {store / SHARDS}"
         raise UserError(f"{store / SHARDS} holds {strange[0]}, not a shard of {shard.count}: {remedy}")
-    folder = store / SHARDS / shard.folder
-    try:
-        (folder / PART).unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"cannot write to the store {store}: {reason}: make the folder writable or give another"
-        ) from None
-    return folder
+    return store / SHARDS / shard.folder
 
 
 def refuse_parts(store: Path) -> None:
@@ -112,7 +107,7 @@ class Parts:
 
 def read_parts(store: Path) -> Parts:
     """Raises UserError where a shard is missing, has not ended, or saw other files or settings than the others."""
-    folders = sorted(each for each in (store / SHARDS).glob("*-of-*") if each.is_dir())
+    folders = shard_folders(store)
     if not folders:
         remedy = "run `voxtrast prepare RAW STORE --shard i/n` for every i first"
         raise UserError(f"{store} holds no shards (no folder {SHARDS} in it): {remedy}")
@@ -209,11 +204,9 @@ class RecordedPool(Pool):
                 layout.flush_folder(self.store / kind)
 
 
-def remove_parts(store: Path) -> None:
-    """After the merge. Under another name first: shards half removed would look like shards half done."""
-    leftover = store / f".{SHARDS}.tmp"
+def retire_parts(store: Path) -> None:
+    """After the merge. Shards half removed would look like shards half done: with this name they are leftovers."""
     try:
-        os.replace(store / SHARDS, leftover)
+        os.replace(store / SHARDS, store / f".{SHARDS}.tmp")
     except OSError as error:
         raise StoreWriteError.of(error, store / SHARDS) from error
-    layout.remove_leftovers(store)

@@ -7,7 +7,8 @@
     STORE/volumes/ID.npy    (D, H, W) float16 or float32, C order
     STORE/labels/ID.npy     (D, H, W) uint8, uint16 where a class is above 255
 
-Nothing in it depends on the time, the machine or the number of workers: equal input gives equal bytes.
+Nothing in it depends on the time, the machine's name or the number of workers: equal input gives equal bytes, with the
+same versions of the libraries and the same kind of processor (on another one matrix products round differently).
 """
 
 import contextlib

@@ -8,6 +8,7 @@ owns one fresh process and talks to it in JSON lines, so that a death names its 
 import contextlib
 import ctypes
 import json
+import math
 import os
 import queue
 import select
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -27,6 +29,7 @@ ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1"
 )
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+LONGEST_POLL_S = 1e6  # poll(2) counts milliseconds in 32 bits
 
 
 class WorkerStartError(UserError):
@@ -38,12 +41,17 @@ class Worker:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
+        self._closed = False
 
     def perform(self, job: Job, timeout_s: float | None = None) -> Job:
         """The reply; {"died": how} where the process ended before it replied, {"late": seconds} where it took longer
         and was ended."""
-        if self.process is None:
+        if self.process is None and not self._closed:
             self.process = self._start()
+        if self._closed:  # perhaps while it started
+            self.end()
+            return {"died": "the end of its run"}
+        assert self.process is not None
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # then it is dead, and the empty line below says so
@@ -87,11 +95,22 @@ class Worker:
             self.process.communicate()
             self.process = None
 
+    def close(self) -> None:
+        """From any thread: end the process, whatever it is doing, and start no other."""
+        self._closed = True
+        if (process := self.process) is not None:
+            process.kill()
+            process.wait()
+
 
 def _readable(descriptor: int, timeout_s: float | None) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
+    until = math.inf if timeout_s is None else time.monotonic() + timeout_s
+    while not poll.poll(min(max(0.0, until - time.monotonic()), LONGEST_POLL_S) * 1000):
+        if time.monotonic() >= until:
+            return False
+    return True
 
 
 class Pool:
@@ -144,8 +163,7 @@ class WorkerPool(Pool):
     def __exit__(self, *_: object) -> None:
         self._closing = True
         for worker in self._workers:
-            if (process := worker.process) is not None:
-                process.kill()
+            worker.close()
         for _thread in self._threads:
             self._jobs.put(None)
         for thread in self._threads:

@@ -1,6 +1,8 @@
 """That the benchmark of prepare compares like with like, and says what it measured."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,29 @@ def test_every_provider_is_measured_and_the_profile_adds_up(
     (parts,) = (line["parts_s"] for line in lines if line["op"] == "prepare: profile")
     assert all(seconds > 0 for part, seconds in parts.items() if part not in ("other", "tell CT from MR"))
     assert "resample, order 3, made up, small (2)" in capsys.readouterr().out
+
+
+def test_what_is_left_of_a_peer_that_fails_is_not_in_the_others_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, str]] = []
+
+    def work(provider: str, file: Path, *_: object) -> float:
+        if provider == "nnunetv2" and file.name == "0":
+            raise ValueError("not this one")
+        events.append(("begins", provider))
+        time.sleep(0.02)
+        events.append(("ends", provider))
+        return 0.02
+
+    monkeypatch.setitem(prepare.WORK, "resample", work)
+    files = [Path(str(number)) for number in range(6)]
+    with ThreadPoolExecutor(2) as pool:
+        lines = prepare.measure(pool, "resample", files, 1.5, 3, 1, tmp_path)
+    assert [line.get("cannot") for line in lines] == [None, "fails: ValueError: not this one", None]
+    assert len(events) == 2 * (2 * 6 + 5 + 2 * 6)
+    last = max(at for at, event in enumerate(events) if event == ("ends", "nnunetv2"))
+    assert last < events.index(("begins", "monai"))
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,11 @@
 """On a Dask cluster: the same store, whatever happens to its workers; and what is missing there is said at once."""
 
+import asyncio
+import gc
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -13,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from voxtrast.engine.data import cluster
+from voxtrast.engine.data import cluster, workers
 from voxtrast.engine.data.store import Store
 from voxtrast.engine.errors import UserError
 
@@ -90,6 +93,58 @@ def test_no_scheduler_and_no_worker_are_errors(
         run(tmp_path / "raw", tmp_path / "store", scheduler=empty.scheduler_address)
 
 
+@pytest.fixture
+def ignored(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Errors of finalizers, which Python prints and passes over."""
+    found: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda about: found.append(about.exc_value))
+    return found
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """As the dashboard's: it takes the connection, and waits for words of its own language."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def test_what_is_no_scheduler_is_named_in_time_and_leaves_no_traces(
+    address: str, tmp_path: Path, write: Callable, run: Callable, silent_port: int, ignored: list,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    write(tmp_path / "raw/a.nii.gz", 1)
+    monkeypatch.setattr(cluster, "CONNECT_S", 1.0)
+    with distributed.Client(address, set_as_default=False) as client:
+        worker = next(iter(client.scheduler_info()["workers"]))
+    for place, words in (
+        (
+            f"tcp://127.0.0.1:{silent_port}",
+            r"something listens at \S+, and it is no Dask scheduler \(the dashboard\?\)",
+        ),
+        (worker, "a Dask worker listens at .*, not a scheduler: give the address"),
+        ("tcp://127.0.0.1:9", "no Dask scheduler answers"),
+        ("nonsense://x", "no Dask scheduler answers"),
+        ("tls://127.0.0.1:9", "no Dask scheduler answers .*TLS"),
+    ):
+        began = time.monotonic()
+        with pytest.raises(UserError, match=words):
+            run(tmp_path / "raw", tmp_path / "store", scheduler=place)
+        assert time.monotonic() - began < 3
+    gc.collect()
+    assert not ignored
+
+
+def test_a_client_is_made_within_an_event_loop_too(
+    address: str, tmp_path: Path, write: Callable, run: Callable
+) -> None:
+    write(tmp_path / "raw/a.nii.gz", 1)
+
+    async def notebook() -> int:
+        return run(tmp_path / "raw", tmp_path / "store", scheduler=address).prepared
+
+    assert asyncio.run(notebook()) == 1
+
+
 def test_without_distributed_the_extra_is_named(
     tmp_path: Path, write: Callable, run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +152,78 @@ def test_without_distributed_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UserError, match=r"distributed is not installed: install voxtrast\[dask\]"):
         run(tmp_path / "raw", tmp_path / "store", scheduler="tcp://127.0.0.1:9")
+
+
+def test_no_job_outlives_its_run(
+    address: str, tmp_path: Path, write: Callable, run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One job ends the run, by saying that the disk is full, while another is in the middle of its work."""
+    for number, name in enumerate(("full", "slow", "slower")):
+        write(tmp_path / f"raw/{name}.nii.gz", number)
+    mark = tmp_path / "mark"
+    program = (
+        "import os, time; from voxtrast.engine.data import conversion, workers\n"
+        f"mark = {str(mark)!r}\n"
+        "def perform(job):\n"
+        "    if job['task'] != 'convert': return conversion.perform(job)\n"
+        "    if job['id'].startswith('slow'):\n"
+        "        with open(mark, 'a') as stream: stream.write(f'{os.getpid()}\\n')\n"
+        "        time.sleep(600)\n"
+        "    while not os.path.exists(mark): time.sleep(0.01)\n"
+        "    return {'store_error': 'no space', 'number': 28}\n"
+        "workers.serve(perform)\n"
+    )
+    monkeypatch.setattr(workers, "PROGRAM", program)
+    with pytest.raises(UserError, match="cannot write to the store: no space"):
+        run(tmp_path / "raw", tmp_path / "store", scheduler=address)
+    assert not [number for number in mark.read_text().split() if Path(f"/proc/{number}").exists()]
+    time.sleep(0.5)  # for the other job, had it been started in place of the one that was ended
+    assert len(mark.read_text().split()) == 1
+    monkeypatch.undo()
+    assert run(tmp_path / "raw", tmp_path / "store", scheduler=address).prepared == 3, "the Dask workers are free"
+
+
+def test_the_processes_of_a_run_that_was_killed_end_before_the_next_begins(
+    address: str, tmp_path: Path, write: Callable, run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "raw/a.nii.gz", 1)
+    left = {name: workers.Worker() for name in ("store", "other")}
+    for name, worker in left.items():
+        worker.perform({"task": "digest", "source": "a", "files": [str(tmp_path / "raw/a.nii.gz")], "label": None})
+        monkeypatch.setitem(cluster._workers, str(tmp_path / name / ".token-1.tmp"), {1: worker})
+    processes = {name: worker.process for name, worker in left.items()}
+    batch, at_work = cluster.ClusterPool.batch, []
+
+    def look(self: object, jobs: list) -> Iterator:
+        at_work.append({name for name, process in processes.items() if process.poll() is None})
+        return batch(self, jobs)
+
+    monkeypatch.setattr(cluster.ClusterPool, "batch", look)
+    assert run(tmp_path / "raw", tmp_path / "store", scheduler=address).prepared == 1
+    assert at_work[0] == {"other"}
+    left["other"].end()
+
+
+def test_a_process_that_is_closed_while_it_starts_performs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "mark"
+    program = (
+        "import sys, time\n"
+        f"open({str(mark)!r}, 'w').close(); time.sleep(0.2); print('ready', flush=True)\n"
+        f"for line in sys.stdin: open({str(mark)!r}, 'w').write('performed'); print('{{}}', flush=True)\n"
+    )
+    monkeypatch.setattr(workers, "PROGRAM", program)
+    worker, replies = workers.Worker(), []
+    thread = threading.Thread(target=lambda: replies.append(worker.perform({"task": "convert"})))
+    thread.start()
+    while not mark.exists():
+        time.sleep(0.01)
+    worker.close()
+    thread.join()
+    assert replies == [{"died": "the end of its run"}]
+    assert (worker.process, mark.read_text()) == (None, "")
+    assert worker.perform({"task": "convert"}) == replies[0]
 
 
 class Task:
@@ -120,6 +247,22 @@ def test_a_reply_lost_with_its_worker_is_waited_for_again(tmp_path: Path) -> Non
     assert list(pool.map([{"task": "digest"}, {"task": "digest"}])) == [(0, {"done": 1}), (1, {"done": 1})]
 
 
+class Killer(threading.Thread):
+    """Kills a process once a run has noted so many volumes, and looks whether the run was in the middle then."""
+
+    def __init__(self, victim: int, store: Path, after: int) -> None:
+        super().__init__(daemon=True)
+        self.victim, self.store, self.after = victim, store, after
+        self.start()
+
+    def run(self) -> None:
+        journal = self.store / "journal.jsonl"
+        while not (journal.exists() and journal.read_bytes().count(b"\n") >= self.after):
+            time.sleep(0.01)
+        os.kill(self.victim, signal.SIGKILL)
+        self.at_work = {"journal": journal.exists(), "index": (self.store / "index.jsonl").exists()}
+
+
 @pytest.mark.slow
 def test_a_dask_worker_killed_in_the_middle_costs_nothing(
     tmp_path: Path,
@@ -132,22 +275,13 @@ def test_a_dask_worker_killed_in_the_middle_costs_nothing(
     for number in range(12):
         write(tmp_path / f"raw/{number:02d}.nii.gz", values(number, (90, 90, 90)), (0.9, 0.9, 0.9))
     run(tmp_path / "raw", tmp_path / "local", workers=2)
-    store, killed = tmp_path / "store", []
+    store = tmp_path / "store"
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as running:
-
-        def kill() -> None:
-            journal = store / "journal.jsonl"
-            while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2):
-                time.sleep(0.01)
-            killed.append(running.workers[0].pid)
-            os.kill(killed[0], signal.SIGKILL)
-
-        thread = threading.Thread(target=kill)
-        thread.start()
+        killer = Killer(running.workers[0].pid, store, after=2)
         monkeypatch.chdir(tmp_path)  # the workers stay where they are
         summary = run("raw", "store", scheduler=running.scheduler_address)
-        thread.join()
-    assert len(killed) == 1
+        killer.join()
+    assert killer.at_work == {"journal": True, "index": False}
     assert (summary.prepared, summary.exit_code) == (12, 0)
     assert contents(store) == contents(tmp_path / "local")
 
@@ -156,20 +290,22 @@ def test_a_dask_worker_killed_in_the_middle_costs_nothing(
 def test_real_volumes_are_the_same_by_pool_by_cluster_and_by_shards(
     real_volumes: Path, tmp_path: Path, run: Callable, contents: Callable
 ) -> None:
-    """All of them; a worker of the cluster is killed on the way."""
+    """All folders; a worker of the cluster is killed when a third of the volumes is done."""
     from voxtrast.engine.data.prepare import merge
 
     raw, settings = tmp_path / "raw", {"minimum_size_voxels": 8, "workers": 2}
     raw.mkdir()
-    for folder in real_volumes.iterdir():
-        if folder.is_dir():
-            (raw / folder.name).symlink_to(folder.resolve())
+    folders = [folder for folder in real_volumes.iterdir() if folder.is_dir()]
+    for folder in folders:
+        (raw / folder.name).symlink_to(folder.resolve())
     whole = run(raw, tmp_path / "pool", **settings)
     assert whole.prepared > 200
+    assert {case.source.split("/")[0] for case in Store(tmp_path / "pool").cases} == {each.name for each in folders}
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as running:
-        victim = running.workers[1].pid
-        threading.Timer(8.0, lambda: os.kill(victim, signal.SIGKILL)).start()
+        killer = Killer(running.workers[1].pid, tmp_path / "cluster", after=whole.prepared // 3)
         run(raw, tmp_path / "cluster", **settings, scheduler=running.scheduler_address)
+        killer.join()
+    assert killer.at_work == {"journal": True, "index": False}
     for number in (1, 2):
         run(raw, tmp_path / "shards", **settings, shard=f"{number}/2")
     merge(tmp_path / "shards", progress=False)

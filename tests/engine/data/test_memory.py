@@ -25,14 +25,23 @@ print(1024 * int(status.partition("VmHWM:")[2].split()[0]))
 """
 
 
+SOLID, LONG = (150, 160, 170), (6000, 16, 16)
+
+
 @pytest.mark.parametrize(
-    ("spacing_mm", "dtype"),
-    [(0.75, "int16"), *[pytest.param(*each, marks=pytest.mark.slow) for each in ((1.5, "float32"), (1.5, "float64"))]],
+    ("shape", "spacing_mm", "dtype"),
+    [
+        (SOLID, 0.75, "int16"),
+        (LONG, 1.5, "int16"),
+        *[pytest.param(SOLID, 1.5, dtype, marks=pytest.mark.slow) for dtype in ("float32", "float64")],
+        pytest.param(LONG, 0.5, "int16", marks=pytest.mark.slow),
+        pytest.param(LONG[::-1], 1.5, "int16", marks=pytest.mark.slow),
+    ],
 )
 def test_a_worker_stays_below_the_estimate_and_not_far(
-    spacing_mm: float, dtype: str, tmp_path: Path, write: Callable
+    shape: tuple, spacing_mm: float, dtype: str, tmp_path: Path, write: Callable
 ) -> None:
-    values = (np.random.default_rng(0).normal(size=(150, 160, 170)) * 100 + 500).astype(dtype)
+    values = (np.random.default_rng(0).normal(size=shape) * 100 + 500).astype(dtype)
     file = write(tmp_path / "a.mha", values, (1.0, 1.0, 1.0))
     (tmp_path / "volumes").mkdir()
     environment = {**os.environ, **ONE_THREAD}

@@ -1,10 +1,12 @@
 """Deaths: of a worker, of the whole run, by an interrupt. The store ends up as if nothing had happened."""
 
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +63,28 @@ def test_a_volume_that_takes_too_long_is_given_up_and_the_rest_goes_on(
     line = rejected(tmp_path / "store")["slow.nii.gz"]
     assert line["reason"] == "took longer than 2 s and was given up"
     assert "larger timeout_s" in line["remedy"]
+
+
+@pytest.mark.parametrize("timeout_s", [1e7, math.inf])
+def test_a_time_out_may_be_long_and_none(timeout_s: float, tmp_path: Path, write: Callable, run: Callable) -> None:
+    write(tmp_path / "raw/a.nii.gz", 1)
+    assert run(tmp_path / "raw", tmp_path / "store", timeout_s=timeout_s).prepared == 1
+
+
+def test_a_wait_of_several_polls_ends_with_the_reply_or_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "LONGEST_POLL_S", 0.01)
+    there, here = os.pipe()
+    began = time.monotonic()
+    assert not workers._readable(there, 0.1)
+    assert time.monotonic() - began >= 0.1
+    for timeout_s in (60.0, math.inf, None):
+        timer = threading.Timer(0.1, os.write, (here, b"x"))
+        timer.start()
+        assert workers._readable(there, timeout_s)
+        timer.join()
+        os.read(there, 1)
+    os.close(there)
+    os.close(here)
 
 
 def test_what_a_disk_may_forget_is_tried_again_and_bad_files_are_not(

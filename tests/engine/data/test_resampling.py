@@ -135,6 +135,39 @@ def test_three_matrices_are_the_filters_and_splines_of_scipy(spacing: tuple) -> 
     assert np.abs(resampling.resample_image(values, grid) - expected).max() < 3e-6
 
 
+@pytest.mark.parametrize("length", [2, 5, 61, 900])
+@pytest.mark.parametrize("ratio", [0.37, 1.002, 3.3, 150.0])
+@pytest.mark.parametrize("order", [1, 3])
+def test_the_band_of_an_axis_is_all_of_its_matrix(length: int, ratio: float, order: int) -> None:
+    """Against the filters applied to every voxel of the axis alone: nothing that float32 can show lies outside."""
+    grid = resampling.isotropic_grid((length,), np.ones(1), ratio)
+    count, offset = grid.shape[0], grid.offset[0]
+    band = resampling.axis_weights(length, count, ratio, offset, order, low_pass=True)
+    result = np.zeros((count, length))
+    for rows, columns, weights in band.blocks:
+        assert weights.shape[1] < 128 + 60 + 3 * ratio, "not much more than what these new voxels need"
+        result[rows, columns] = weights
+    width = np.sqrt(max(ratio**2 - 1, 0)) / resampling.FWHM_PER_SIGMA
+    every = ndimage.gaussian_filter(np.eye(length), (width, 0), mode="nearest", truncate=3.0)
+    places = (np.arange(count) * ratio + offset)[None]
+    expected = [ndimage.map_coordinates(line, places, order=order, mode="mirror") for line in every.T]
+    assert np.abs(result - np.stack(expected, axis=1)).max() < 6e-8
+
+
+def test_labels_on_a_long_axis_are_those_of_its_parts() -> None:
+    """Classes begin and end in the middle of a block of weights, at its ends, and beyond a whole one."""
+    draw = np.random.default_rng(3)
+    label = np.repeat(draw.integers(0, 6, 150), draw.integers(1, 60, 150)).astype(np.uint8)[:, None, None]
+    for ratio in (0.6, 1.5, 2.5):
+        grid = resampling.isotropic_grid(label.shape, np.ones(3), ratio)
+        places = np.arange(grid.shape[0]) * ratio + grid.offset[0]
+        shares = [np.interp(places, np.arange(len(label)), label[:, 0, 0] == number) for number in range(6)]
+        clear = np.sort(shares, axis=0)[-1] - np.sort(shares, axis=0)[-2] > 1e-3
+        result = resampling.resample_label(label, grid)[:, 0, 0]
+        assert clear.mean() > 0.9
+        np.testing.assert_array_equal(result[clear], np.argmax(shares, axis=0)[clear])
+
+
 INTERPOLATORS = {0: (sitk.sitkNearestNeighbor, 0.0), 1: (sitk.sitkLinear, 2e-5), 3: (sitk.sitkBSpline, 2e-5)}
 
 

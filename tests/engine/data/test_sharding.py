@@ -1,5 +1,6 @@
 """Slices of a job array: whatever the number of shards, the merge leaves the bytes of a run without them."""
 
+import fcntl
 import json
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from voxtrast.engine.data import sharding
+from voxtrast.engine.data.preparation import Preparation
 from voxtrast.engine.data.prepare import PrepareSummary, check, merge, prepare
 from voxtrast.engine.data.sharding import Shard
 from voxtrast.engine.data.store import Store
@@ -139,6 +141,34 @@ def test_a_merge_waits_for_every_shard(parted: Path, tmp_path: Path) -> None:
         merge(tmp_path / "nothing", progress=False)
     (parted / "shards/2-of-2/part.jsonl").unlink()
     with pytest.raises(UserError, match=r"1 of 2 shards have not ended \(2/2\): run them"):
+        merge(parted, progress=False)
+
+
+def test_a_shard_at_work_is_neither_started_again_nor_merged(
+    raw: Path, whole: tuple[Path, PrepareSummary], parted: Path, contents: Callable
+) -> None:
+    before = contents(parted)
+    with open(parted / "shards/2-of-2/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for start in (lambda: run_shards(raw, parted, 2, numbers=(2,)), lambda: merge(parted, progress=False)):
+            with pytest.raises(UserError, match=r"another prepare is at work on .*shards/2-of-2: wait for it to end"):
+                start()
+            assert contents(parted) == before
+    merge(parted, progress=False)
+    assert contents(parted) == contents(whole[0])
+
+
+def test_a_shard_that_is_started_again_is_not_done_until_it_ends(
+    raw: Path, parted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: object) -> None:
+        assert not (parted / "shards/2-of-2/part.jsonl").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Preparation, "run", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_shards(raw, parted, 2, numbers=(2,))
+    with pytest.raises(UserError, match=r"1 of 2 shards have not ended \(2/2\)"):
         merge(parted, progress=False)
 
 

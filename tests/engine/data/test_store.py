@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +24,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, write: Callable, run: Cal
     write(folder / "raw/labels/case1.nii.gz", (values(1) > 500).astype(np.uint8) * 3)
     run(folder / "raw", folder / "store")
     return folder / "store"
+
+
+def test_the_page_about_prepare_explains_every_field_of_the_index() -> None:
+    page = (Path(__file__).parents[3] / "docs/prepare.md").read_text()
+    table = page.partition("| field of a line of index.jsonl |")[2].partition("\n\n")[0]
+    explained = {
+        name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.lstrip("| ").split(" | ")[0])
+    }
+    assert explained == {field.name for field in fields(Case)}
 
 
 @pytest.fixture
