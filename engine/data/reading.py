@@ -57,7 +57,7 @@ def _read_image(path: Path) -> sitk.Image:
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
-    _check_information(reader)
+    _check_information(reader, reader.GetNumberOfComponents())
     return _squeeze(reader.Execute())
 
 
@@ -66,26 +66,32 @@ def _read_unpacked(path: Path, content: bytes) -> sitk.Image:
 
     The reader takes files alone, and asks for their suffix: it gets a file in memory under a name that ends in .nii.
     """
-    with os.fdopen(os.memfd_create(path.stem), "wb", buffering=0) as memory, tempfile.TemporaryDirectory() as folder:
+    with os.fdopen(os.memfd_create(path.stem), "wb", buffering=0) as memory:
         view = memoryview(content)
         while view:
             view = view[memory.write(view) :]
         del content, view
-        link = Path(folder) / path.stem
-        link.symlink_to(f"/proc/{os.getpid()}/fd/{memory.fileno()}")
+        folder = tempfile.mkdtemp()
+        link = f"{folder}/{path.stem}"
         try:
-            return _read_image(link)
+            os.symlink(f"/proc/{os.getpid()}/fd/{memory.fileno()}", link)
+            image = sitk.ReadImage(link)  # whose header was looked at before
         except RuntimeError as error:
-            raise RuntimeError(str(error).replace(str(link), str(path))) from None
+            raise RuntimeError(str(error).replace(link, str(path))) from None
+        finally:
+            os.unlink(link)
+            os.rmdir(folder)
+    _check_information(image, image.GetNumberOfComponentsPerPixel())
+    return _squeeze(image)
 
 
-def _check_information(reader: sitk.ImageFileReader) -> None:
-    check_three_dimensional(tuple(reader.GetSize()))
-    check_spacing(tuple(reader.GetSpacing()[:3]))
-    if (channels := reader.GetNumberOfComponents()) > 1:
+def _check_information(source: sitk.ImageFileReader | sitk.Image, channels: int) -> None:
+    check_three_dimensional(tuple(source.GetSize()))
+    check_spacing(tuple(source.GetSpacing()[:3]))
+    if channels > 1:
         reason = f"has {channels} values for each voxel, one was expected"
         raise RejectedError(reason, "split it into one file for each channel")
-    if "complex" in sitk.GetPixelIDValueAsString(reader.GetPixelID()):
+    if "complex" in sitk.GetPixelIDValueAsString(source.GetPixelID()):
         raise RejectedError("has complex values", "store the magnitude image")
 
 
