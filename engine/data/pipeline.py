@@ -123,7 +123,7 @@ class ViewPipeline:
         device_id: GPU that holds the results; None for the CPU.
         threads: of DALI, and of those that plan and open files ahead of it.
         prefetch: steps that DALI prepares ahead while one is used.
-        sampling: how cases are dealt and crops placed; see `Sampling`.
+        sampling: how cases are dealt and crops placed, see `Sampling`; its defaults without.
         on_error: "substitute" goes on without a volume that cannot be read and says so once, "raise" ends the run.
         unreadable: case id -> why, of volumes that are known to be damaged.
     Raises: UserError for settings that do not fit together and, while iterating, for a volume that cannot be read
@@ -146,7 +146,7 @@ class ViewPipeline:
         device_id: int | None = None,
         threads: int = 2,
         prefetch: int = 2,
-        sampling: Sampling = Sampling(),  # noqa: B008
+        sampling: Sampling | None = None,
         on_error: str = "substitute",
         unreadable: Mapping[str, str] = {},
     ) -> None:
@@ -163,6 +163,7 @@ class ViewPipeline:
                 f"global batch {global_batch} cannot be dealt to {world_size} ranks x {accumulation} micro batches; "
                 f"take a multiple of {world_size * accumulation}"
             )
+        sampling = sampling or Sampling()
         self.planner = Planner(
             cases,
             spec,
@@ -244,9 +245,8 @@ class ViewPipeline:
     def _recover(self, error: Exception) -> None:
         """Begins the step again without the volume that could not be read; raises what is something else."""
         said = str(error)
-        own = isinstance(error, UserError) or "voxtrast_" not in said
         try:
-            if own:
+            if isinstance(error, UserError) or "voxtrast_" not in said:
                 raise error
             case = _CASE.search(said)
             if case is None:

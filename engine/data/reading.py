@@ -4,6 +4,7 @@ SimpleITK gives arrays (z, y, x) and geometry in LPS millimetres; what leaves th
 indices increasing toward superior, anterior, right, and an affine (d, h, w, 1) -> RAS millimetres.
 """
 
+import contextlib
 import os
 import re
 import tempfile
@@ -79,7 +80,8 @@ def _read_unpacked(path: Path, content: bytes) -> sitk.Image:
         except RuntimeError as error:
             raise RuntimeError(str(error).replace(link, str(path))) from None
         finally:
-            os.unlink(link)
+            with contextlib.suppress(FileNotFoundError):  # where it could not be made, that is what is to be said
+                os.unlink(link)
             os.rmdir(folder)
     _check_information(image, image.GetNumberOfComponentsPerPixel())
     return _squeeze(image)

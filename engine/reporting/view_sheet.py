@@ -72,12 +72,12 @@ def middles(panels: Sequence[Panel], axis: int | None) -> list[int]:
         return [0] * len(panels)
     first = panels[0].view
     place = to_volume(first, (np.array([first.size], np.float64) - 1) / 2)
-    middles: list[int] = []
+    chosen: list[int] = []
     for panel in panels:
         found = round(float(to_view(panel.view, place)[0, axis]))
         size = panel.image.shape[axis]
-        middles.append(found if 0 <= found < size else size // 2)
-    return middles
+        chosen.append(found if 0 <= found < size else size // 2)
+    return chosen
 
 
 def _join(
