@@ -5,6 +5,7 @@ Points are (N, 3) indices (D, H, W), depth 0 in views of two dimensions.
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from .planner import ViewPlan
 
@@ -33,20 +34,8 @@ def deformation(view: ViewPlan, points: Points) -> Points:
     """What the cubic B-spline adds, in voxels of the volume; outside the view as at its border."""
     if not view.control_points.size:
         return np.zeros_like(points)
-    knots = np.array(view.control_points.shape[1:])
     inside = np.clip(points, 0, np.array(view.size) - 1) / np.array(view.spacing)
-    first = np.minimum(inside.astype(np.int64), knots - 4)
-    weights = _cubic(inside - first)  # (N, axis, 4)
-    found = np.zeros_like(points)
-    for d in range(4):
-        for h in range(4):
-            for w in range(4):
-                shift = view.control_points[:, first[:, 0] + d, first[:, 1] + h, first[:, 2] + w].T
-                found += shift * (weights[:, 0, d] * weights[:, 1, h] * weights[:, 2, w])[:, None]
-    return found
-
-
-def _cubic(t: Points) -> Points:
-    rest = 1 - t
-    terms = (rest**3, 3 * t**3 - 6 * t**2 + 4, 3 * rest**3 - 6 * rest**2 + 4, t**3)
-    return np.stack(terms, axis=-1) / 6
+    places = inside.T + 1  # control point k stands at (k - 1) spacings
+    options = {"order": 3, "prefilter": False, "mode": "nearest"}
+    shifts = view.control_points.astype(np.float64)
+    return np.stack([ndimage.map_coordinates(component, places, **options) for component in shifts], axis=1)

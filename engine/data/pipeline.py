@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import resource
+import threading
 import time
 import weakref
 from collections import deque
@@ -63,19 +64,26 @@ class OpenVolumes:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._open: weakref.WeakValueDictionary[str, OpenVolume] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
+        self._opening: dict[str, threading.Lock] = {}  # one a case: a slow disk holds up those alone that want the same
 
     def open(self, case: Case) -> OpenVolume:
         """Any thread may ask. Tries again where a disk far away did not answer.
 
         Raises: UserError as OpenVolume does.
         """
-        found = self._open.get(case.id)
-        if found is not None:
+        with self._lock:
+            opening = self._opening.setdefault(case.id, threading.Lock())
+        with opening:
+            found = self._open.get(case.id)
+            if found is None:
+                found = self._open[case.id] = self._try(case)
             return found
+
+    def _try(self, case: Case) -> OpenVolume:
         for pause in (*PAUSES_S, None):
             try:
-                found = self._open[case.id] = OpenVolume(self._store, case)
-                return found
+                return OpenVolume(self._store, case)
             except StoreReadError as error:
                 if pause is None or error.number not in TRANSIENT:
                     raise
