@@ -2,11 +2,11 @@
 
 import difflib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -227,7 +227,8 @@ def _typed(raw: Any) -> Config:
     schema.method, schema.views = OmegaConf.structured(method.Config), OmegaConf.structured(method.Views)
     OmegaConf.set_struct(schema.deepspeed.extra, False)
     try:
-        _refuse_unknown(schema, raw)
+        _refuse_unknown(set(_settings(Config)) | set(_settings(method.Config, "method."))
+                        | set(_settings(method.Views, "views.")), raw)  # fmt: skip
         merged = OmegaConf.merge(schema, raw)
         _check(merged)
         config = OmegaConf.to_object(merged)
@@ -238,8 +239,18 @@ def _typed(raw: Any) -> Config:
     return config
 
 
-def _refuse_unknown(schema: DictConfig, raw: Any) -> None:
-    known = set(_flatten(schema)) | {"deepspeed.extra", "sampling.weights"}
+def _settings(group: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of all settings of a dataclass, those of groups that are off by default among them."""
+    hints = get_type_hints(group)
+    for item in fields(group):
+        kinds = [kind for kind in (hints[item.name], *get_args(hints[item.name])) if is_dataclass(kind)]
+        if kinds and get_origin(hints[item.name]) is not list:
+            yield from _settings(kinds[0], f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}"
+
+
+def _refuse_unknown(known: set[str], raw: Any) -> None:
     groups = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
     for key in _flatten(raw):
         if key in known or key.startswith(("deepspeed.extra.", "sampling.weights.")) or key in groups:

@@ -36,6 +36,7 @@ def build_method(config: Config) -> Method:
         method: Method = METHODS[config.method.name](config.method, config.backbone, config.views)
     except ValueError as error:
         raise UserError(str(error)) from None
+    method.seed = config.seed
     return method
 
 

@@ -98,7 +98,7 @@ class Cover(Method):
     Views = CoverViews
 
     def __init__(self, config: CoverConfig, backbone: BackboneConfig, views: CoverViews) -> None:
-        super().__init__()
+        super().__init__({"vector": config.vector_weight, "consistency": config.consistency_weight})
         if len(config.units) != backbone.levels:
             raise ValueError(
                 f"method.units: expected one number per backbone level ({backbone.levels}), got {list(config.units)}"
@@ -134,12 +134,11 @@ class Cover(Method):
         displacement, mask = batch["displacement"], batch["mask"]
         share = batch.get("share", {}).get("valid_voxels", 1.0)
         self._monitor(predicted, displacement, mask, share)
-        vector = vector_regression_loss(predicted, displacement, mask)
-        consistency = warped_cosine_loss(fixed_features, moving_features, displacement, mask)
-        return {
-            "vector": self.config.vector_weight * share * vector,
-            "consistency": self.config.consistency_weight * share * consistency,
+        losses = {
+            "vector": vector_regression_loss(predicted, displacement, mask),
+            "consistency": warped_cosine_loss(fixed_features, moving_features, displacement, mask),
         }
+        return {name: weight * share * losses[name] for name, weight in self.weights(step).items()}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return {"valid_voxels": batch["mask"].sum(dtype=torch.float64)}

@@ -112,7 +112,8 @@ class ViewPipeline:
         mask             (b, 1, *size) float32        1 where p + psi(p) lies inside the other view and the volume
         affine           (b, D, D+1) float64          index p -> p + psi(p), but for a deformation
         case, origin     list[str], (b, 3) int64      where the crop was taken; negative where it is padded
-        position         (b,) float32                 of the slice in the volume, 0 to 1; for slices alone
+        position         (b,) float32                 of the slice, or of the crop's centre, along the first axis of
+                                                      the volume, 0 to 1
 
         NAME_clean               as NAME               of views that ask for it
         NAME_flips               (b, D) int64          1 for a flipped axis; of views that have a chance of flips
@@ -283,11 +284,17 @@ class ViewPipeline:
                 batch[f"{name}_flips"] = torch.tensor(flips, device=device)
             if view.quarter_turns:
                 batch[f"{name}_quarter_turns"] = torch.tensor([drawn.quarter_turns for drawn in taken], device=device)
-        if len(self.spec.crop) == 2:
-            batch["position"] = torch.tensor([plan.position for plan in plans[rows]], device=device)
+        positions = [self._position(plan) for plan in plans[rows]]
+        batch["position"] = torch.tensor(positions, dtype=torch.float32, device=device)
         batch["case"] = [self.planner.cases[plan.case_index].id for plan in plans[rows]]
         batch["origin"] = torch.tensor([plan.origin for plan in plans[rows]], dtype=torch.int64, device=device)
         return batch
+
+    def _position(self, plan: Plan) -> float:
+        if len(self.spec.crop) == 2:
+            return plan.position
+        centre = (plan.origin[0] + self.spec.crop[0] / 2) / self.planner.cases[plan.case_index].shape[0]
+        return min(1.0, max(0.0, centre))
 
     def _source(self) -> list[Slot]:
         """One step for DALI; called in the thread that iterates, one by one."""

@@ -57,7 +57,7 @@ def test_what_has_no_gradient_is_left_out_of_training(architecture: str, norm: s
     [
         ({"architecture": "unet"}, "backbone.architecture"),
         ({"dimensions": 4}, "backbone.dimensions"),
-        ({"norm": "batch"}, "backbone.norm"),
+        ({"norm": "layer"}, "backbone.norm"),
         ({"features": [8]}, "backbone.features"),
         ({"encoder_blocks": [1, 2]}, "backbone.encoder_blocks"),
     ],

@@ -165,7 +165,7 @@ def test_batches_have_the_promised_form(store: Store) -> None:
                 "mask": (3, 1, *crop),
                 "affine": (3, dimensions, dimensions + 1),
                 "origin": (3, 3),
-                **({"position": (3,)} if dimensions == 2 else {}),
+                "position": (3,),
             }
             assert all(batch[key].dtype == torch.float32 for key in ("moving", "fixed", "displacement", "mask"))
             assert batch["affine"].dtype == torch.float64
@@ -330,6 +330,14 @@ def test_a_slice_comes_with_its_position(store: Store) -> None:
     for plan, case, sample in slots(store, ViewSpec((20, 24), {"x": View()}), 2):
         assert sample["position"] == pytest.approx(plan.origin[0] / (case.shape[0] - 1), abs=1e-6)
         np.testing.assert_array_equal(sample["x"][0], crop_of(store, case, plan, (20, 24)))
+
+
+def test_a_crop_comes_with_the_place_of_its_centre_along_the_first_axis(store: Store) -> None:
+    found = set()
+    for plan, case, sample in slots(store, ViewSpec((12, 16, 16), {"x": View()}), 2):
+        assert sample["position"] == pytest.approx((plan.origin[0] + 6) / case.shape[0], abs=1e-6)
+        found.add(float(sample["position"]))
+    assert len(found) > 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,97 @@
+"""Whether a training collapses: the spread of its embeddings, and its loss against that of identical embeddings."""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .feature_bank import FeatureBank
+
+WINDOW = 128  # embeddings looked at: a batch of volumes is too small to say anything
+EVERY = 10  # steps between two looks
+
+
+def embedding_std(vectors: Tensor) -> Tensor:
+    """Standard deviation of the channels of unit vectors (N, C), in the mean and times sqrt(C).
+
+    0 where all vectors are equal, 1 where they are spread evenly over the sphere.
+    """
+    unit = nn.functional.normalize(vectors.double(), dim=1)
+    return unit.std(0, correction=0).mean() * vectors.shape[1] ** 0.5
+
+
+def effective_rank(vectors: Tensor) -> Tensor:
+    """exp of the entropy of the normalised singular values of unit vectors (N, C), from 1 to min(N, C) (RankMe)."""
+    unit = nn.functional.normalize(vectors.double(), dim=1)
+    share = torch.linalg.svdvals(unit)
+    share = share / share.sum().clamp(min=1e-12)
+    return torch.special.entr(share).sum().exp()
+
+
+class EmbeddingMonitor(nn.Module):
+    """Spread of the last embeddings of the global batch, over the steps.
+
+    Call `see` in the forward, `update` after the step, and put `numbers` among the method's monitors: those of the
+    step before, once `WINDOW` embeddings have been seen.
+    """
+
+    seen: Tensor  # (1,) int64
+
+    def __init__(self, channels: int, window: int = WINDOW) -> None:
+        super().__init__()
+        self.window = FeatureBank(window, channels)
+        self.register_buffer("seen", torch.zeros(1, dtype=torch.int64))
+        self._numbers: dict[str, Tensor] = {}
+        self._per_forward = 0
+
+    def see(self, embeddings: Tensor) -> None:
+        """(b, C) of one forward."""
+        self.window.collect(embeddings)
+
+    @torch.no_grad()
+    def update(self, step: int, group: Any = None) -> None:
+        self.seen += self.window.push(group)
+        if step % EVERY == 0 and int(self.seen) >= len(self.window.vectors):
+            # On the CPU: small, and a GPU takes longer for the singular values.
+            vectors = self.window.vectors.cpu()
+            self._numbers = {"embedding_std": embedding_std(vectors), "effective_rank": effective_rank(vectors)}
+
+    def numbers(self) -> dict[str, Tensor]:
+        return {name: value.to(self.seen.device) for name, value in self._numbers.items()}
+
+
+class CollapseWatch:
+    """Notices that all embeddings become one.
+
+    A step looks collapsed where the embeddings hardly spread, or where the loss is what identical embeddings have.
+    Every network begins near there, so that only a run of such steps counts that ends behind the first ones.
+
+    Args:
+        remedy: what to lower.
+    """
+
+    PATIENCE = 20  # steps in a row
+    GRACE = 60  # first steps
+    AGAIN = 1000  # steps until the next warning
+    SPREAD = 0.05  # embedding_std below this
+    NEAR = 0.005  # of the loss to that of identical embeddings, relative
+
+    def __init__(self, remedy: str) -> None:
+        self.remedy = remedy
+        self._recent: deque[bool] = deque(maxlen=self.PATIENCE)
+        self._warned = -self.AGAIN
+
+    def see(self, step: int, numbers: Mapping[str, float]) -> str | None:
+        """A warning, or nothing. `numbers` may hold monitor/embedding_std and monitor/loss_over_collapse."""
+        spread, ratio = numbers.get("monitor/embedding_std"), numbers.get("monitor/loss_over_collapse")
+        flat = spread is not None and spread < self.SPREAD
+        equal = ratio is not None and abs(ratio - 1) < self.NEAR
+        self._recent.append(flat or equal)
+        if step < self.GRACE or step - self._warned < self.AGAIN or sum(self._recent) < self.PATIENCE:
+            return None
+        self._warned = step
+        found = [f"embedding std {spread:.3g} of 1"] if flat else []
+        found += [f"loss {ratio:.4f} times that of identical embeddings"] if equal else []
+        return f"the embeddings have collapsed ({', '.join(found)}); {self.remedy}"
