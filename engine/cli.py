@@ -174,7 +174,8 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="kernels: fused operators; data: views; train: a step by its parts; prepare: resampling; methods: trainings."
+            help="kernels: fused operators; data: views; train: a step by its parts; prepare: resampling; "
+            "methods: whole trainings."
         ),
     ] = "kernels",
 ) -> None:
