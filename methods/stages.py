@@ -106,6 +106,12 @@ class StageSchedule:
             Moment(i, stage, first, last)
             for i, (stage, first, last) in enumerate(zip(self.stages, [0, *ends], ends, strict=False))
         ]
+        for moment in self.moments:
+            if moment.first == moment.last:
+                raise ValueError(
+                    f"stages[{moment.index}].share: {moment.stage.share} of {sum(shares)} leaves it none of "
+                    f"train.steps={steps}; raise train.steps or the share"
+                )
         self._weights = [
             {
                 name: read_weight(f"stages[{index}].terms.{name}", value)
