@@ -83,7 +83,7 @@ class Trainer:
                 self._train_stage(moment, max(start, moment.first), validation, monitor)
 
     def _train_stage(self, moment: Moment, start: int, validation: list[Batch], monitor: Monitor) -> None:
-        global_batch = moment.stage.global_batch or self.config.train.global_batch
+        global_batch = self.method.schedule.batch(start, self.config.train.global_batch)
         for each in self._learners():
             each.set_micro_batch(global_batch // (self.ranks.size * self.config.train.accumulation))
         if start == moment.first:

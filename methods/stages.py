@@ -124,6 +124,10 @@ class StageSchedule:
         """The moment of a step (from 0); the last stage's for steps behind the end."""
         return next((moment for moment in self.moments if step < moment.last), self.moments[-1])
 
+    def batch(self, step: int, usual: int) -> int:
+        """Samples of a step over all ranks and micro-batches, where `usual` is that of stages that do not say."""
+        return self.at(step).stage.global_batch or usual
+
     def weights(self, step: int) -> dict[str, float]:
         """The active terms with their weights."""
         moment = self.at(step)

@@ -1,19 +1,17 @@
 """Runs of the stand-in method, in this process."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from stand_in import StandIn, recipe
+from stand_in import Run, StandIn, recipe
 
 from voxtrast.engine.config import load_config
 from voxtrast.engine.pretrain import pretrain
 from voxtrast.methods import METHODS
-
-Run = Callable[..., Path]
 
 
 @pytest.fixture

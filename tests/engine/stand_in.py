@@ -4,6 +4,7 @@ As a script it is `voxtrast pretrain` with that method: for ranks of their own.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,9 @@ stages:
   - {name: R, share: 1, terms: {discriminative: 1, restorative: {start: 2, end: 1}}, learning_rate: 0.003}
   - {name: A, share: 1, terms: {restorative: 1, adversarial: 0.1}, fresh_optimizer: false}
 """
+
+
+Run = Callable[..., Path]  # of the fixture `run`
 
 
 def recipe(folder: Path, stages: str = "") -> Path:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from run_results import assert_close, assert_same_bits, plain_loop, state_of
 from stand_in import STAGES, StandIn, recipe
-from test_stages import assert_close, assert_same_bits, plain_loop, state_of
 from torch import nn
 
 from voxtrast.engine.checks import check_method
