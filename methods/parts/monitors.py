@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .feature_bank import FeatureBank
 
+REMEDY = "lower optimizer.learning_rate to a tenth (of sgd: 0.01 or less), or raise schedule.warmup_steps (200 or more)"
 WINDOW = 128  # embeddings looked at: a batch of volumes is too small to say anything
 EVERY = 10  # steps between two looks
 
@@ -59,7 +60,9 @@ class EmbeddingMonitor(nn.Module):
             self._numbers = {"embedding_std": embedding_std(vectors), "effective_rank": effective_rank(vectors)}
 
     def numbers(self) -> dict[str, Tensor]:
-        return {name: value.to(self.seen.device) for name, value in self._numbers.items()}
+        """Nothing outside training: what is seen there is no part of the window."""
+        found = self._numbers if self.training else {}
+        return {name: value.to(self.seen.device) for name, value in found.items()}
 
 
 class CollapseWatch:
@@ -70,6 +73,7 @@ class CollapseWatch:
 
     Args:
         remedy: what to lower.
+        prefix: of the numbers' names, for a method with embeddings of several kinds.
     """
 
     PATIENCE = 20  # steps in a row
@@ -78,14 +82,17 @@ class CollapseWatch:
     SPREAD = 0.05  # embedding_std below this
     NEAR = 0.005  # of the loss to that of identical embeddings, relative
 
-    def __init__(self, remedy: str) -> None:
+    def __init__(self, remedy: str, prefix: str = "") -> None:
         self.remedy = remedy
+        self.prefix = prefix
         self._recent: deque[bool] = deque(maxlen=self.PATIENCE)
         self._warned = -self.AGAIN
 
     def see(self, step: int, numbers: Mapping[str, float]) -> str | None:
         """A warning, or nothing. `numbers` may hold monitor/embedding_std and monitor/loss_over_collapse."""
-        spread, ratio = numbers.get("monitor/embedding_std"), numbers.get("monitor/loss_over_collapse")
+        spread, ratio = (
+            numbers.get(f"monitor/{self.prefix}{name}") for name in ("embedding_std", "loss_over_collapse")
+        )
         flat = spread is not None and spread < self.SPREAD
         equal = ratio is not None and abs(ratio - 1) < self.NEAR
         self._recent.append(flat or equal)
@@ -94,4 +101,5 @@ class CollapseWatch:
         self._warned = step
         found = [f"embedding std {spread:.3g} of 1"] if flat else []
         found += [f"loss {ratio:.4f} times that of identical embeddings"] if equal else []
-        return f"the embeddings have collapsed ({', '.join(found)}); {self.remedy}"
+        kind = self.prefix.replace("_", " ")
+        return f"the {kind}embeddings have collapsed ({', '.join(found)}); {self.remedy}"
