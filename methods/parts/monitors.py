@@ -1,5 +1,6 @@
 """Whether a training collapses: the spread of its embeddings, and its loss against that of identical embeddings."""
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -69,7 +70,8 @@ class CollapseWatch:
     """Notices that all embeddings become one.
 
     A step looks collapsed where the embeddings hardly spread, or where the loss is what identical embeddings have.
-    Every network begins near there, so that only a run of such steps counts that ends behind the first ones.
+    Every network begins near there, so that only a run of such steps counts that ends behind the first ones, and none
+    while the learning rate rises.
 
     Args:
         remedy: what to lower.
@@ -87,15 +89,21 @@ class CollapseWatch:
         self.prefix = prefix
         self._recent: deque[bool] = deque(maxlen=self.PATIENCE)
         self._warned = -self.AGAIN
+        self._rate = math.inf
 
     def see(self, step: int, numbers: Mapping[str, float]) -> str | None:
-        """A warning, or nothing. `numbers` may hold monitor/embedding_std and monitor/loss_over_collapse."""
+        """A warning, or nothing.
+
+        `numbers` may hold monitor/embedding_std, monitor/loss_over_collapse and learning_rate.
+        """
         spread, ratio = (
             numbers.get(f"monitor/{self.prefix}{name}") for name in ("embedding_std", "loss_over_collapse")
         )
         flat = spread is not None and spread < self.SPREAD
         equal = ratio is not None and abs(ratio - 1) < self.NEAR
-        self._recent.append(flat or equal)
+        rate = numbers.get("learning_rate", self._rate)
+        rising, self._rate = rate > self._rate, rate
+        self._recent.append((flat or equal) and not rising)
         if step < self.GRACE or step - self._warned < self.AGAIN or sum(self._recent) < self.PATIENCE:
             return None
         self._warned = step
