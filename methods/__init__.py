@@ -5,10 +5,12 @@ from typing import Any
 
 from .backbone import Backbone, BackboneConfig, build_network, transferable_state
 from .cover import Cover
+from .jcl import JCL
 from .method import Batch, Method
+from .pcl import PCL
 from .views import AffineRanges, AppearanceRanges, View, ViewSpec
 
-METHODS: dict[str, Any] = {"cover": Cover}
+METHODS: dict[str, Any] = {"cover": Cover, "jcl": JCL, "pcl": PCL}
 
 
 def recipe_names() -> list[str]:
@@ -18,7 +20,9 @@ def recipe_names() -> list[str]:
 
 
 __all__ = [
+    "JCL",
     "METHODS",
+    "PCL",
     "AffineRanges",
     "AppearanceRanges",
     "Backbone",
