@@ -40,13 +40,13 @@ class EmbeddingMonitor(nn.Module):
     """
 
     seen: Tensor  # (1,) int64
-    latest: Tensor  # (2,) float64, NaN until there are any: part of the checkpoint as the window is
+    latest: Tensor  # (2,) float64, std and rank; rank 0 until there are any: in the checkpoint, as the window is
 
     def __init__(self, channels: int, window: int = WINDOW) -> None:
         super().__init__()
         self.window = FeatureBank(window, channels)
         self.register_buffer("seen", torch.zeros(1, dtype=torch.int64))
-        self.register_buffer("latest", torch.full((2,), torch.nan, dtype=torch.float64))
+        self.register_buffer("latest", torch.zeros(2, dtype=torch.float64))
 
     def see(self, embeddings: Tensor) -> None:
         """(b, C) of one forward."""
@@ -62,7 +62,7 @@ class EmbeddingMonitor(nn.Module):
 
     def numbers(self) -> dict[str, Tensor]:
         """Nothing outside training: what is seen there is no part of the window."""
-        if not self.training or bool(self.latest[0].isnan()):
+        if not self.training or self.latest[1] == 0:
             return {}
         return {"embedding_std": self.latest[0].clone(), "effective_rank": self.latest[1].clone()}
 
