@@ -14,7 +14,7 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +71,27 @@ class Clock:
 def watch(method: Method, clock: Clock) -> None:
     """Has the clock marked where the network passes from part to part."""
     backbone: Any = method.backbone
+    encode, decode = backbone.encode, backbone.decode
+    above_bottleneck = "losses backward"  # what ends where the bottleneck's gradient is whole
 
-    def mark(part: str) -> Callable[..., None]:
-        return lambda *_: clock.mark(part)
-
-    def after_network(_: nn.Module, __: Any, maps: tuple[list[Tensor], list[Tensor]]) -> None:
-        clock.mark("decoder forward")
+    def timed_encode(image: Tensor) -> list[Tensor]:
+        maps: list[Tensor] = encode(image)
+        clock.mark("encoder forward")
         # A gradient is whole when its producer's turn comes: all that was built on the map has had its own.
-        maps[1][-1].register_hook(mark("losses backward"))
-        maps[0][-1].register_hook(mark("decoder backward"))
+        if maps[-1].requires_grad:
+            maps[-1].register_hook(lambda _: clock.mark(above_bottleneck))
+        return maps
 
-    backbone.network.encoder.register_forward_hook(mark("encoder forward"))
-    backbone.register_forward_hook(after_network)
+    def timed_decode(encoder_maps: Sequence[Tensor], blocks: int | None = None) -> list[Tensor]:
+        nonlocal above_bottleneck
+        above_bottleneck = "decoder backward"
+        maps: list[Tensor] = decode(encoder_maps, blocks)
+        clock.mark("decoder forward")
+        if maps[-1].requires_grad:
+            maps[-1].register_hook(lambda _: clock.mark("losses backward"))
+        return maps
+
+    backbone.encode, backbone.decode = timed_encode, timed_decode
 
 
 @contextlib.contextmanager

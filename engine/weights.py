@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..methods.backbone import transferable_state
+from ..methods.backbone import architecture_of, left_out, transferable_state
 from .errors import UserError
 
 METADATA_KEY = "voxtrast"
@@ -109,7 +109,7 @@ def load_into(network: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     """Copies pretrained tensors into a network of `build_network`, all of them or none.
 
     Args:
-        network: PlainConvUNet or ResidualEncoderUNet.
+        network: of any architecture.
         tensors: by the network's names; one of a tensor's several names is enough.
 
     Returns: the network's names that were not pretrained: its segmentation layers.
@@ -132,11 +132,7 @@ def load_into(network: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
                 differing.append(f"{name} {tuple(tensors[name].shape)} for {tuple(expected[name].shape)}")
             else:
                 sources[names[0]] = tensors[name]
-    unknown = [
-        name
-        for name in tensors
-        if name not in expected and not name.startswith(("decoder.encoder.", "decoder.seg_layers."))
-    ]
+    unknown = [name for name in tensors if name not in expected and not name.startswith(left_out(network))]
     complaints = [
         f"{title}: {_first_few(names)}"
         for title, names in (("missing", missing), ("of another shape", differing), ("unknown", unknown))
@@ -150,7 +146,7 @@ def load_into(network: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     with torch.no_grad():
         for name, source in sources.items():
             expected[name].copy_(source)
-    return [name for name in network.state_dict() if name.startswith("decoder.seg_layers.")]
+    return [name for name in network.state_dict() if name.startswith(architecture_of(network).last_layers)]
 
 
 def write_whole(path: Path, write: Any) -> None:

@@ -119,7 +119,7 @@ class Cover(Method):
             raise ValueError(f"method.radius: expected at least 1 voxel, got {config.radius}")
         self.config = config
         self.backbone = Backbone(backbone)
-        channels = list(backbone.features)[::-1]
+        channels = self.backbone.decoder_channels
         widths = [(width, units * config.unit_channels) for width, units in zip(channels, config.units, strict=True)]
         self.projections = nn.ModuleList(Projection(*each) for each in widths)
         self.heads = nn.ModuleList(UnitNorm(*each) for each in widths)
