@@ -5,7 +5,6 @@ it is; `backbones/` knows them one by one. What pretraining needs beyond them is
 gives those.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -77,6 +76,31 @@ class BackboneConfig:
     def decoder_channels(self) -> list[int]:
         """Of the decoder maps, coarse to fine, the bottleneck first."""
         return find_architecture(self.architecture).decoder_channels(self)
+
+    def check_size(self, size: Sequence[int], name: str, samples: int | None = None) -> None:
+        """Refuses sizes that the network cannot take.
+
+        Args:
+            size: one number for each dimension.
+            name: what has this size, for the message: "views.crop", say.
+            samples: how many images batch norm sees at once, where that is known.
+
+        Raises: ValueError naming a size that would do.
+        """
+        stride, found = self.stride, tuple(size)
+        fitting = [max(stride, -(-each // stride) * stride) for each in found]
+        if len(found) != self.dimensions or any(each < 1 or each % stride for each in found):
+            raise ValueError(
+                f"{name}: expected {self.dimensions} multiples of {stride} ({self.architecture} of {self.levels} "
+                f"levels), got {list(found)}; take {fitting if len(found) == self.dimensions else 'as many numbers'}"
+            )
+        lone = all(each == stride for each in found)
+        if lone and (self.norm == "instance" or (self.norm == "batch" and samples == 1)):
+            fitting[-1] *= 2
+            raise ValueError(
+                f"{name}: {list(found)} leaves the bottleneck a single voxel, over which {self.norm} norm has nothing "
+                f"to normalise; take {fitting} or fewer levels"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -170,7 +194,7 @@ class Backbone(nn.Module):
         Args:
             image: (B, input_channels, *S), S multiples of `config.stride`.
         """
-        self._check_size(tuple(image.shape[2:]), image.shape[0])
+        self.config.check_size(tuple(image.shape[2:]), "image", image.shape[0] if self.training else None)
         return self.architecture.encode(self.network, image)
 
     def decode(self, encoder_maps: Sequence[Tensor], blocks: int | None = None) -> list[Tensor]:
@@ -199,22 +223,6 @@ class Backbone(nn.Module):
         """Prefixes of the names of the decoder's blocks that are not trained."""
         blocks = range(self.decoder_blocks, self.config.levels - 1)
         return tuple(f"{part}." for block in blocks for part in self.architecture.decoder_parts(block))
-
-    def _check_size(self, size: tuple[int, ...], samples: int) -> None:
-        stride, batch_norm = self.config.stride, self.config.norm == "batch"
-        fitting = [max(stride, -(-each // stride) * stride) for each in size]
-        if any(each % stride for each in size):
-            raise ValueError(
-                f"image: sizes must be multiples of {stride} ({self.config.architecture} of {self.config.levels} "
-                f"levels), got {size}; take {tuple(fitting)}"
-            )
-        lone = math.prod(each // stride for each in size) == 1
-        if lone and (self.config.norm == "instance" or (batch_norm and self.training and samples == 1)):
-            fitting[-1] *= 2
-            raise ValueError(
-                f"image: {size} leaves the bottleneck a single voxel, over which {self.config.norm} norm has nothing "
-                f"to normalise; take {tuple(fitting)} or fewer levels"
-            )
 
 
 _CENTRING = (nn.InstanceNorm2d, nn.InstanceNorm3d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -103,11 +103,7 @@ class Cover(Method):
             raise ValueError(
                 f"method.units: expected one number per backbone level ({backbone.levels}), got {list(config.units)}"
             )
-        if len(views.crop) != backbone.dimensions or any(size % backbone.stride for size in views.crop):
-            raise ValueError(
-                f"views.crop: expected {backbone.dimensions} multiples of {backbone.stride} "
-                f"({backbone.levels} levels), got {list(views.crop)}"
-            )
+        backbone.check_size(views.crop, "views.crop")
         if backbone.input_channels != 1:
             raise ValueError(f"backbone.input_channels: a store has one channel, got {backbone.input_channels}")
         if config.unit_channels < 1 or min(config.units) < 1:

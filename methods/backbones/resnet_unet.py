@@ -53,9 +53,10 @@ class ResNetUNet(Architecture):
             decoder_channels=tuple(DECODER_CHANNELS),
             spatial_dims=config.dimensions,
         )
-        for module in list(network.modules()):
-            if isinstance(getattr(module, "downsample", None), partial):
-                module.downsample = _PaddedShortcut(module.bn2.num_features, module.stride)
+        blocks: Any = list(network.encoder.modules())
+        for block in blocks:
+            if isinstance(getattr(block, "downsample", None), partial):
+                block.downsample = _PaddedShortcut(block.bn2.num_features, block.stride)
         return network
 
     def encoder_strides(self, config: "BackboneConfig") -> list[int]:

@@ -1,7 +1,7 @@
 """Swin UNETR (Hatamizadeh et al., 2022): windows of attention going down, convolutions going up. MONAI's, unchanged.
 
-Its encoder maps are what the decoder is given: convolved tokens, and at stride 16 the tokens themselves. The convolutions
-between tokens and decoder belong to the decoder block that they feed.
+Its encoder maps are what the decoder is given: convolved tokens, and at stride 16 the tokens themselves. The
+convolutions between tokens and decoder belong to the decoder block that they feed.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -293,12 +293,13 @@ def test_a_preset_is_the_free_network_of_its_sizes(architecture: str) -> None:
 @pytest.mark.parametrize(
     ("architecture", "size", "said"),
     [
-        ("plain_unet", (8, 10, 8), r"multiples of 4 .* got \(8, 10, 8\); take \(8, 12, 8\)"),
-        ("resnet18_unet", (40, 64, 64), r"multiples of 32 .*take \(64, 64, 64\)"),
-        ("swin_unetr", (24, 32, 24), r"multiples of 32 .*take \(32, 32, 32\)"),
-        ("swin_unetr", (32, 32, 32), r"single voxel, over which instance norm .*take \(32, 32, 64\)"),
-        ("plain_unet", (4, 4, 4), r"single voxel.*take \(4, 4, 8\)"),
-        ("resnet18_unet", (32, 32, 32), r"single voxel, over which batch norm .*take \(32, 32, 64\)"),
+        ("plain_unet", (8, 10, 8), r"3 multiples of 4 .* got \[8, 10, 8\]; take \[8, 12, 8\]"),
+        ("plain_unet", (8, 8), "3 multiples of 4 .*; take as many numbers"),
+        ("resnet18_unet", (40, 64, 64), r"multiples of 32 .*take \[64, 64, 64\]"),
+        ("swin_unetr", (24, 32, 24), r"multiples of 32 .*take \[32, 32, 32\]"),
+        ("swin_unetr", (32, 32, 32), r"single voxel, over which instance norm .*take \[32, 32, 64\]"),
+        ("plain_unet", (4, 4, 4), r"single voxel.*take \[4, 4, 8\]"),
+        ("resnet18_unet", (32, 32, 32), r"single voxel, over which batch norm .*take \[32, 32, 64\]"),
     ],
 )
 def test_a_size_that_the_network_cannot_take_is_refused_with_one_that_it_can(
