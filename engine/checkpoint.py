@@ -5,7 +5,7 @@ a checkpoint without it was cut off and does not count.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from .data.store import file_sha256
 from .errors import UserError
 from .weights import write_whole
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)  # the first knew no adversary and no stages
 
 
 @dataclass
@@ -27,6 +28,9 @@ class State:
     model: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]
     average: dict[str, Tensor]  # moving average of the parameters; empty where it is off
+    adversary: dict[str, Tensor] = field(default_factory=dict)
+    adversary_optimizer: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    loaded: list[str] = field(default_factory=list)  # transferable tensors that a stage took from a weights file
 
 
 def save_checkpoint(folder: Path, state: State, keep: int) -> Path:
@@ -80,6 +84,6 @@ def load_checkpoint(path: Path) -> State:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not readable ({error}); delete it to resume from the one before") from None
-    if content.pop("format") != FORMAT:
-        raise UserError(f"{path}: written by another version of voxtrast; this one reads format {FORMAT}")
+    if content.pop("format") not in READABLE:
+        raise UserError(f"{path}: written by another version of voxtrast; this one reads formats {READABLE}")
     return State(**content)

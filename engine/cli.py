@@ -173,12 +173,15 @@ def bench(
     context: typer.Context,
     what: Annotated[
         str,
-        typer.Argument(help="kernels: fused operators; data: views; train: a step by its parts; prepare: resampling."),
+        typer.Argument(
+            help="kernels: fused operators; data: views; train: a step by its parts; prepare: resampling; "
+            "methods: whole trainings."
+        ),
     ] = "kernels",
 ) -> None:
     """Measure speed and memory beside what one would otherwise pick: `bench kernels --help` says what can be chosen."""
-    if what not in ("kernels", "data", "train", "prepare"):
-        raise UserError(f"bench {what}: unknown; this version measures kernels, data, train and prepare")
+    if what not in ("kernels", "data", "train", "prepare", "methods"):
+        raise UserError(f"bench {what}: unknown; this version measures kernels, data, train, prepare and methods")
     sys.argv = [f"voxtrast bench {what}", *context.args]
     runpy.run_module(f"voxtrast.benchmarks.{what}", run_name="__main__", alter_sys=True)
 

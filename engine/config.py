@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ..methods import METHODS, BackboneConfig, recipe_names
+from ..methods.stages import Stage
 from .data.sampling import Sampling
 from .errors import UserError
 from .weights import write_whole
@@ -36,6 +37,11 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     momentum: float = 0.9  # of sgd
     gradient_clip: float = 0.0  # global norm; 0 for none
+
+
+def adversary_optimizer() -> OptimizerConfig:
+    """DiRA's for its critic; its rate is constant."""
+    return OptimizerConfig(name="adam", learning_rate=2e-4, weight_decay=0.0, betas=[0.5, 0.999])
 
 
 @dataclass
@@ -88,7 +94,9 @@ class Config:
     views: Any = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    adversary_optimizer: OptimizerConfig = field(default_factory=adversary_optimizer)  # of methods that have one
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # of each stage
+    stages: list[Stage] = field(default_factory=list)  # one after the other; none for one with the method's own terms
     sampling: Sampling = field(default_factory=Sampling)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -112,9 +120,11 @@ CHANGEABLE = (
     "deepspeed",
 )
 
+OPTIMIZERS = ("adamw", "adam", "sgd", "apex_fused_adam", "apex_fused_lamb")
 CHOICES = {
     "train.autocast": ("none", "bfloat16"),
-    "optimizer.name": ("adamw", "adam", "sgd", "apex_fused_adam", "apex_fused_lamb"),
+    "optimizer.name": OPTIMIZERS,
+    "adversary_optimizer.name": OPTIMIZERS,
     "schedule.name": ("cosine", "constant"),
     "loader.verify": ("contents", "sizes"),
     "loader.on_error": ("substitute", "raise"),
@@ -126,6 +136,7 @@ POSITIVE = (
     "train.global_batch",
     "train.accumulation",
     "optimizer.learning_rate",
+    "adversary_optimizer.learning_rate",
     "loader.threads",
     "loader.prefetch",
     "sampling.crops_per_visit",
@@ -137,11 +148,20 @@ NOT_NEGATIVE = (
     "train.threads",
     "optimizer.weight_decay",
     "optimizer.gradient_clip",
+    "adversary_optimizer.weight_decay",
+    "adversary_optimizer.gradient_clip",
     "seed",
     "schedule.warmup_steps",
     "validation.every",
 )
-FRACTIONS = ("train.ema_decay", "optimizer.momentum", "schedule.final_fraction", "validation.fraction")
+FRACTIONS = (
+    "train.ema_decay",
+    "optimizer.momentum",
+    "adversary_optimizer.momentum",
+    "schedule.final_fraction",
+    "validation.fraction",
+)
+STAGE_KEYS = tuple(item.name for item in fields(Stage))
 
 
 def load_config(recipe: str, words: Sequence[str] = ()) -> Config:
@@ -177,11 +197,16 @@ def write_config(config: Config, path: Path) -> None:
 def differences(old: Config, new: Config) -> list[str]:
     """Settings that a resumed run must not change, as `key: old -> new`."""
     before, after = _flatten(OmegaConf.structured(old)), _flatten(OmegaConf.structured(new))
-    return [
+    found = [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(set(before) | set(after))
         if before.get(key) != after.get(key) and not any(key == c or key.startswith(c + ".") for c in CHANGEABLE)
     ]
+    if old.stages and old.train.steps != new.train.steps:
+        found.append(
+            f"train.steps: {old.train.steps} -> {new.train.steps}, which would move the boundaries of the stages"
+        )
+    return found
 
 
 def _read_recipe(recipe: str) -> Any:
@@ -230,6 +255,7 @@ def _typed(raw: Any) -> Config:
     try:
         _refuse_unknown(set(_settings(Config)) | set(_settings(method.Config, "method."))
                         | set(_settings(method.Views, "views.")), raw)  # fmt: skip
+        _refuse_unknown_in_stages(raw)
         merged = OmegaConf.merge(schema, raw)
         _check(merged)
         config = OmegaConf.to_object(merged)
@@ -254,7 +280,7 @@ def _settings(group: Any, prefix: str = "") -> Iterator[str]:
 def _refuse_unknown(known: set[str], raw: Any) -> None:
     groups = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
     for key in _flatten(raw):
-        if key in known or key.startswith(("deepspeed.extra.", "sampling.weights.")) or key in groups:
+        if key in known or key.startswith(("deepspeed.extra.", "sampling.weights.", "stages.")) or key in groups:
             continue
         tail = key.rsplit(".", 1)[-1]
         same_tail = [name for name in sorted(known) if name.rsplit(".", 1)[-1] == tail]
@@ -264,9 +290,40 @@ def _refuse_unknown(known: set[str], raw: Any) -> None:
         )
 
 
+def _refuse_unknown_in_stages(raw: Any) -> None:
+    stages = OmegaConf.select(raw, "stages")
+    if stages is None and "stages" not in raw:
+        return
+    if not OmegaConf.is_list(stages) or not all(OmegaConf.is_dict(stage) for stage in stages):
+        raise UserError(
+            "stages: expected a list of groups; write it into a recipe's file, or whole as "
+            "stages=[{name: first, terms: {TERM: 1}}, ...]"
+        )
+    for index, stage in enumerate(stages):
+        for key in stage:
+            if key not in STAGE_KEYS:
+                raise UserError(
+                    f"setting 'stages[{index}].{key}' is unknown;{_nearest(str(key), STAGE_KEYS)} "
+                    f"a stage has {', '.join(STAGE_KEYS)}"
+                )
+
+
+def _check_stages(merged: Any) -> None:
+    for index, stage in enumerate(merged.stages):
+        for key in ("share", "global_batch", "learning_rate"):
+            value = stage[key]
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"stages[{index}].{key}: expected a finite number, more than 0, got {value}")
+        if not stage.start:
+            raise UserError(f"stages[{index}].start: expected previous, initial, or the path of a weights file or run")
+    names = [stage.name for stage in merged.stages]
+    if len(set(names)) < len(names):
+        raise UserError(f"stages: two have the same name, and the log tells them apart by it: {', '.join(names)}")
+
+
 def _check(merged: Any) -> None:
-    for group in ("method", "backbone", "views", "train", "optimizer", "schedule", "sampling", "validation",
-                  "checkpoint", "loader", "deepspeed"):  # fmt: skip
+    for group in ("method", "backbone", "views", "train", "optimizer", "adversary_optimizer", "schedule", "stages",
+                  "sampling", "validation", "checkpoint", "loader", "deepspeed"):  # fmt: skip
         if OmegaConf.select(merged, group) is None:
             raise UserError(f"{group}: expected a group of settings, got null; leave it out to take the defaults")
     for key, choices in CHOICES.items():
@@ -287,9 +344,16 @@ def _check(merged: Any) -> None:
     for folder, weight in merged.sampling.weights.items():
         if not 0 < weight < math.inf:
             raise UserError(f"sampling.weights.{folder}: expected a finite number, more than 0, got {weight}")
-    betas = list(merged.optimizer.betas)
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise UserError(f"optimizer.betas: expected two numbers from 0 up to less than 1, got {betas}")
+    for group in ("optimizer", "adversary_optimizer"):
+        betas = list(merged[group].betas)
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise UserError(f"{group}.betas: expected two numbers from 0 up to less than 1, got {betas}")
+    _check_stages(merged)
+    if merged.deepspeed.zero_stage > 1 and OmegaConf.select(merged, "method.adversary") == "wgan_gp":
+        raise UserError(
+            f"method.adversary: the gradient penalty of wgan_gp needs gradients of gradients, which ZeRO above 1 gives "
+            f"back in parts; set deepspeed.zero_stage to 0 or 1, got {merged.deepspeed.zero_stage}"
+        )
     if merged.deepspeed.zero_stage not in (0, 1):
         raise UserError(f"deepspeed.zero_stage: this version runs stages 0 and 1, got {merged.deepspeed.zero_stage}")
 

@@ -1,4 +1,4 @@
-"""All that is known of DeepSpeed: processes, its JSON, optimizers, and full tensors by name in and out of an engine."""
+"""Processes, DeepSpeed's JSON, engines and optimizers. What is inside an engine is `learner.py`'s."""
 
 import json
 import logging
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..methods import Method
 from .config import Config, OptimizerConfig
 from .errors import UserError
+from .learner import Learner
 
 # What the loop, the schedule and the checkpoints rely on; said once, in the typed configuration.
 OURS = {
@@ -137,11 +138,13 @@ def deepspeed_json(config: Config, ranks: int) -> dict[str, Any]:
     `gradient_clipping` is always written out: left unsaid, DeepSpeed 0.19 clips at 1.0.
     """
     parts = ranks * config.train.accumulation
-    if config.train.global_batch % parts:
-        raise UserError(
-            f"train.global_batch: {config.train.global_batch} samples cannot be dealt evenly to {ranks} ranks "
-            f"with train.accumulation={config.train.accumulation}; use a multiple of {parts}"
-        )
+    batches = {f"stages[{i}].global_batch": stage.global_batch for i, stage in enumerate(config.stages)}
+    for name, batch in ({"train.global_batch": config.train.global_batch} | batches).items():
+        if batch is not None and batch % parts:
+            raise UserError(
+                f"{name}: {batch} samples cannot be dealt evenly to {ranks} ranks "
+                f"with train.accumulation={config.train.accumulation}; use a multiple of {parts}"
+            )
     settings: dict[str, Any] = {
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": config.train.global_batch // parts,
@@ -168,14 +171,33 @@ def deepspeed_json(config: Config, ranks: int) -> dict[str, Any]:
     return settings
 
 
-def wrap(method: Method, config: Config, ranks: Ranks) -> Any:
-    """The DeepSpeed engine around a method. The method's forward must be called through it."""
-    deepspeed = _import_deepspeed()
+def wrap(method: Method, config: Config, ranks: Ranks) -> Learner:
+    """The method in its DeepSpeed engine. The method's forward must be called through it."""
     method.to(ranks.device)
-    optimizer = build_optimizer(method.parameter_groups(config.optimizer.weight_decay), config.optimizer)
-    settings = deepspeed_json(config, ranks.size)
-    engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=settings, dist_init_required=False)
-    return engine
+    if ranks.size > 1 and ranks.device.type == "cuda":
+        # Batch norm over all ranks; names and tensors stay, so that a state dict fits on both sides.
+        nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    groups = method.parameter_groups(config.optimizer.weight_decay)
+    return _wrap(method, groups, config.optimizer, deepspeed_json(config, ranks.size))
+
+
+def wrap_adversary(method: Method, config: Config, ranks: Ranks) -> Learner | None:
+    """The method's adversary in an engine of its own, for its own steps."""
+    if method.adversary is None:
+        return None
+    chosen = config.adversary_optimizer
+    adversary = method.adversary.to(ranks.device)
+    groups = [{"params": list(adversary.parameters()), "weight_decay": chosen.weight_decay}]
+    settings = deepspeed_json(config, ranks.size) | {"gradient_clipping": chosen.gradient_clip}
+    return _wrap(adversary, groups, chosen, settings)
+
+
+def _wrap(module: nn.Module, groups: list[dict[str, Any]], chosen: OptimizerConfig, settings: Any) -> Learner:
+    optimizer = build_optimizer(groups, chosen)
+    engine, *_ = _import_deepspeed().initialize(
+        model=module, optimizer=optimizer, config=settings, dist_init_required=False
+    )
+    return Learner(engine)
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -204,79 +226,6 @@ def _apex_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
     # FusedLAMB would clip at 1.0 for itself; clipping is the engine's.
     own_clipping = {"max_grad_norm": 0.0} if config.name == "apex_fused_lamb" else {}
     return chosen(groups, lr=config.learning_rate, betas=tuple(config.betas), **own_clipping)
-
-
-def full_optimizer_state(engine: Any) -> dict[str, dict[str, Tensor]]:
-    """Optimizer state as full tensors under the parameters' names, the same for every ZeRO stage. Collective."""
-    optimizer, named = engine.optimizer, _trained(engine.module)
-    if not _partitioned(engine):
-        return {
-            name: {key: torch.as_tensor(value).detach().cpu().clone() for key, value in optimizer.state[p].items()}
-            for name, p in named.items()
-            if p in optimizer.state
-        }
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    inner = optimizer.optimizer
-    state: dict[str, dict[str, Tensor]] = {}
-    if not inner.state:
-        return state
-    _link_optimizer_state(optimizer)
-    flat = optimizer.single_partition_of_fp32_groups[0]
-    whole = [key for key, value in inner.state[flat].items() if torch.is_tensor(value) and value.shape == flat.shape]
-    single = {k: torch.as_tensor(v).cpu().clone() for k, v in inner.state[flat].items() if k not in whole}
-    for name, parameter in named.items():
-        state[name] = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in whole} | single
-    return state
-
-
-def load_full_state(engine: Any, model: dict[str, Tensor], optimizer_state: dict[str, dict[str, Tensor]]) -> None:
-    """Puts full tensors back, whatever the ZeRO stage and the number of ranks that they were saved under."""
-    engine.module.load_state_dict(model)
-    named = _trained(engine.module)
-    if not _partitioned(engine):
-        for name, values in optimizer_state.items():
-            parameter = named[name]
-            engine.optimizer.state[parameter] = {
-                key: value.to(parameter.device, copy=True) for key, value in values.items()
-            }
-        return
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    zero = engine.optimizer
-    for parameter in named.values():
-        safe_set_full_fp32_param(parameter, parameter.detach().float())
-    if not optimizer_state:
-        return
-    first = next(iter(optimizer_state.values()))
-    for flat in zero.single_partition_of_fp32_groups:
-        zero.optimizer.state[flat] = {
-            key: value.to(flat.device, copy=True) if value.ndim == 0 else torch.zeros_like(flat)
-            for key, value in first.items()
-        }
-    _link_optimizer_state(zero)
-    for name, values in optimizer_state.items():
-        for key, value in values.items():
-            if value.ndim > 0:
-                safe_set_full_optimizer_state(named[name], value.to(named[name].device), key)
-
-
-def _link_optimizer_state(zero: Any) -> None:
-    """Links the parameters to their slices of the optimizer state.
-
-    DeepSpeed does so once, after the first step of the first parameter group: the other groups have no state by then
-    and stay without (0.19.8), and so does a state that was loaded before any step.
-    """
-    zero._hp_optimizer_states_linked = False
-    zero._lazy_init_hp_params_optimizer_state()
-
-
-def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def _partitioned(engine: Any) -> bool:
-    return hasattr(engine.optimizer, "single_partition_of_fp32_groups")
 
 
 def _read_json(file: str | None) -> dict[str, Any]:

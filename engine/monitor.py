@@ -42,11 +42,13 @@ class Monitor:
         self.task = self.bar.add_task("pretrain", total=steps, completed=start, numbers="")
         self.bar.start()
 
-    def step(self, step: int, values: dict[str, float]) -> None:
-        """One optimizer step: numbers by name; `step` counts from 1."""
+    def step(self, step: int, values: dict[str, float], words: dict[str, str]) -> None:
+        """One optimizer step: numbers and words by name; `step` counts from 1. A warning is also said aloud."""
         if not self.active:
             return
-        self.log.write({"step": step, **values})
+        self.log.write({"step": step, **words, **values})
+        if "warning" in words:
+            self.say(f"warning: step {step}: {words['warning']}")
         self._draw(step, values)
         numbers = (
             f"loss {values['loss']:.4g}  {values['samples_per_second']:.2f} samples/s  "

@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from ..methods import Method
 from .checkpoint import finished_checkpoints
+from .checks import check_method
 from .config import Config, differences, load_config, read_config, write_config
 from .data.store import INDEX, Store, file_sha256
-from .deepspeed import deepspeed_json, start_processes, stop_processes, wrap
+from .deepspeed import deepspeed_json, start_processes, stop_processes, wrap, wrap_adversary
 from .errors import UserError
 from .runs import build_method, describe, open_cases
 from .trainer import Interrupted, Trainer
@@ -71,6 +74,7 @@ def pretrain(config: Config) -> None:
         if ranks.first:
             print("no volume that is held aside can be read: no validation", file=sys.stderr)
         aside = []
+    check_method(method, config, ranks, cases)
     ranks.on_first(lambda: _prepare_output(config))
     if ranks.first:
         _report([reason for _, reason in excluded])
@@ -79,14 +83,24 @@ def pretrain(config: Config) -> None:
             f"{ranks.device.type}, {sum(p.numel() for p in method.parameters()) / 1e6:.2f} M parameters",
             file=sys.stderr,
         )
-        if config.schedule.warmup_steps >= config.train.steps:
+        _note_warm_up(config, method)
+    if ranks.size > 1:
+        method.group = dist.group.WORLD
+    learner, critic = wrap(method, config, ranks), wrap_adversary(method, config, ranks)
+    about = describe(config, cases)
+    Trainer(learner, critic, method, config, ranks, store, cases, aside, damaged, about).train()
+
+
+def _note_warm_up(config: Config, method: Method) -> None:
+    for moment in method.schedule.moments:
+        steps = moment.last - moment.first
+        if config.schedule.warmup_steps >= steps:
+            which = f" of stage {moment.stage.name!r}" if config.stages else ""
             print(
-                f"note: the learning rate is still warming up when the run ends: schedule.warmup_steps="
-                f"{config.schedule.warmup_steps}, train.steps={config.train.steps}",
+                f"note: the learning rate is still warming up when the steps{which} end: schedule.warmup_steps="
+                f"{config.schedule.warmup_steps}, {steps} steps",
                 file=sys.stderr,
             )
-    engine = wrap(method, config, ranks)
-    Trainer(engine, method, config, ranks, store, cases, aside, damaged, describe(config, cases)).train()
 
 
 def _damaged(config: Config, store: Store) -> dict[str, str]:

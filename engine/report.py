@@ -15,7 +15,7 @@ from .errors import UserError
 from .reporting import page
 from .reporting.page import Section
 from .reporting.story import Phase, Story
-from .runs import LoadedRun, load_run
+from .runs import LoadedRun, build_method, load_run
 from .weights import write_whole
 
 __all__ = ["Phase", "Story", "write_report"]
@@ -32,9 +32,11 @@ PACKAGES = (
     "scipy",
     "SimpleITK",
 )
-GENERAL_CAVEATS = (
+DISPLACEMENT_CAVEAT = (
     "The displacement error is measured on fields drawn as in training, on cases that training never saw; fields of "
-    "another kind would give another number.",
+    "another kind would give another number."
+)
+GENERAL_CAVEATS = (
     "A Dice of a few test cases and seeds is uncertain: read the interval, not the mean alone. The from-scratch arm "
     "has the budget of the pretrained one and is not trained to its plateau; pretraining's own time is on top.",
     "The colours of features show what varies most, not what is most useful.",
@@ -65,7 +67,8 @@ def write_report(runs: Sequence[Path], output: Path, *, story: Story | None = No
         sections += [Section(prefix + each.title, each.blocks) for each in _run_sections(Path(run), config, story)]
     if story.exports:
         sections.append(Section("Export", [page.code("\n".join(story.exports))]))
-    sections.append(Section("What this does not show", [page.bullets([*story.caveats, *GENERAL_CAVEATS])]))
+    own = [DISPLACEMENT_CAVEAT] if any(_has_displacement(config) for config in configs) else []
+    sections.append(Section("What this does not show", [page.bullets([*story.caveats, *own, *GENERAL_CAVEATS])]))
     sections.insert(0, _overview(runs, configs, story, time.perf_counter() - started))
     subtitle = f"About {', '.join(str(run) for run in runs)}"
     text = page.render(story.title, subtitle, sections)
@@ -73,34 +76,15 @@ def write_report(runs: Sequence[Path], output: Path, *, story: Story | None = No
     return Path(output)
 
 
-def _overview(runs: Sequence[Path], configs: Sequence[Config], story: Story, drawing_seconds: float) -> Section:
-    from .reporting.evidence import read_log
-    from .reporting.pretraining import held_aside_error
+def _has_displacement(config: Config) -> bool:
+    return any(view.displacement for view in build_method(config).views.views.values())
 
+
+def _overview(runs: Sequence[Path], configs: Sequence[Config], story: Story, drawing_seconds: float) -> Section:
     blocks = [page.note(story.caveats[0])] if story.caveats else []
     if story.commands:
         blocks += [page.heading("Commands"), page.code("\n".join(story.commands))]
-    numbers = []
-    for run, config in zip(runs, configs, strict=True):
-        training, validation = read_log(Path(run))
-        errors = [found for line in validation if (found := held_aside_error(line)) is not None]
-        numbers.append(
-            (
-                Path(run).name,
-                config.recipe,
-                f"{training[-1]['step'] if training else 0} of {config.train.steps}",
-                *(
-                    (f"{errors[0][0]:.2f}", f"{errors[-1][0]:.2f}", f"{errors[-1][1]:.2f}")
-                    if errors
-                    else ("–", "–", "–")
-                ),
-            )
-        )
-    blocks += [
-        page.heading("Runs"),
-        page.table(("run", "recipe", "steps", "displacement error at first", "at last", "predicting zero"), numbers),
-        page.faint("Mean Euclidean distance in voxels, over the valid voxels of the cases held aside."),
-    ]
+    blocks += [page.heading("Runs"), *_results(runs, configs)]
     if story.phases:
         phases = [*story.phases, Phase("report", drawing_seconds, "this page")]
         rows = [
@@ -111,6 +95,31 @@ def _overview(runs: Sequence[Path], configs: Sequence[Config], story: Story, dra
         blocks += [page.heading("Time"), page.table(("phase", "seconds", "outcome"), rows)]
     blocks += [page.heading("Machine and versions that wrote this page"), page.table(("", ""), _machine())]
     return Section("What was run", blocks)
+
+
+def _results(runs: Sequence[Path], configs: Sequence[Config]) -> list[str]:
+    """A line a run; the loss where no run finds a displacement."""
+    from .reporting.evidence import read_log
+    from .reporting.pretraining import held_aside_error
+
+    displacement = any(_has_displacement(config) for config in configs)
+    rows = []
+    for run, config in zip(runs, configs, strict=True):
+        training, validation = read_log(Path(run))
+        errors = [found for line in validation if (found := held_aside_error(line)) is not None]
+        shown = ["–", "–", "–"] if displacement else ["–", "–"]
+        if displacement and errors:
+            shown = [f"{errors[0][0]:.2f}", f"{errors[-1][0]:.2f}", f"{errors[-1][1]:.2f}"]
+        elif validation and not displacement:
+            shown = [f"{line['loss']:.4g}" for line in (validation[0], validation[-1])]
+        steps = f"{training[-1]['step'] if training else 0} of {config.train.steps}"
+        rows.append((Path(run).name, config.recipe, steps, *shown))
+    if not displacement:
+        losses = page.table(("run", "recipe", "steps", "loss, held aside, at first", "at last"), rows)
+        return [losses, page.faint("Where stages change what the loss is of, the two are not of the same terms.")]
+    columns = ("run", "recipe", "steps", "displacement error at first", "at last", "predicting zero")
+    words = "Mean Euclidean distance in voxels, over the valid voxels of the cases held aside."
+    return [page.table(columns, rows), page.faint(words)]
 
 
 def _run_sections(run: Path, config: Config, story: Story) -> list[Section]:
@@ -136,7 +145,9 @@ def _run_sections(run: Path, config: Config, story: Story) -> list[Section]:
     return [
         Section("Settings and speed", pretraining.settings(config, training, loaded)),
         with_run("Input", pretraining.inputs),
-        with_run("Views and displacement", pretraining.matching),
+        with_run("Views and displacement", pretraining.matching)
+        if _has_displacement(config)
+        else with_run("Views", pretraining.views),
         with_run("Features", pretraining.features),
         Section("Curves", pretraining.course(training, validation)),
         Section("Fine-tuning", finetuning(run, story)),

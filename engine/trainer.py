@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from ..methods import Batch, Method
-from . import checkpoint
+from ..methods.stages import Moment
+from . import checkpoint, stages
 from .config import Config, ScheduleConfig
 from .data.pipeline import ViewPipeline
 from .data.sampling import of_validation
 from .data.store import Case, Store
-from .deepspeed import Ranks, full_optimizer_state, load_full_state
+from .deepspeed import Ranks
 from .errors import UserError
+from .learner import Learner
 from .monitor import Monitor
+from .runs import build_method
 from .signals import StopSignal
 from .weights import RUN_WEIGHTS, save_weights
 
@@ -37,11 +40,12 @@ class Interrupted(Exception):
 
 
 class Trainer:
-    """One run: `engine` is the DeepSpeed engine around `method`."""
+    """One run: `learner` holds the method in its DeepSpeed engine, `critic` its adversary where there is one."""
 
     def __init__(
         self,
-        engine: Any,
+        learner: Learner,
+        critic: Learner | None,
         method: Method,
         config: Config,
         ranks: Ranks,
@@ -51,12 +55,13 @@ class Trainer:
         unreadable: Mapping[str, str],
         description: dict[str, Any],
     ) -> None:
-        self.engine, self.method, self.config, self.ranks = engine, method, config, ranks
+        self.learner, self.critic, self.method, self.config, self.ranks = learner, critic, method, config, ranks
         self.store, self.cases, self.held_aside = store, cases, held_aside
         self.unreadable = dict(unreadable)
         self.description = description
         self.run = Path(config.output)
         self.average: dict[str, Tensor] = {}
+        self.loaded: list[str] = []  # transferable tensors that a stage took from a weights file
         self.signal = StopSignal()
 
     def train(self) -> None:
@@ -67,37 +72,92 @@ class Trainer:
             if self.ranks.first:
                 print(f"{self.run} has taken all of its {steps} steps; nothing to do", file=sys.stderr)
             return
-        with self.signal, Monitor(self.run, self.ranks, start, steps) as monitor, self._views(start) as views:
+        moments = [moment for moment in self.method.schedule.moments if moment.last > start]
+        for moment in moments:
+            if moment.first >= start:
+                stages.check_start(moment, self.method)
+        with self.signal, Monitor(self.run, self.ranks, start, steps) as monitor:
             validation = self._validation_batches()
             self._preflight(validation or self._draw(self.cases, "validation", 1), monitor)
-            if start == 0 and validation:
-                monitor.validation(0, self._validate(validation, 0))
-            batches_of_steps = iter(views)
-            for step in range(start, steps):
+            for moment in moments:
+                self._train_stage(moment, max(start, moment.first), validation, monitor)
+
+    def _train_stage(self, moment: Moment, start: int, validation: list[Batch], monitor: Monitor) -> None:
+        global_batch = self.method.schedule.batch(start, self.config.train.global_batch)
+        for each in self._learners():
+            each.set_micro_batch(global_batch // (self.ranks.size * self.config.train.accumulation))
+        if start == moment.first:
+            self._begin(moment, global_batch, monitor)
+        if start == 0 and validation:
+            monitor.validation(0, self._validate(validation, 0))
+        with self._pipeline(self.cases, start, "train", self.config.train.accumulation, global_batch) as views:
+            for step in range(start, moment.last):
                 began = time.perf_counter()
-                batches = self._next(batches_of_steps, step, start)
+                batches = self._next(views, step, start)
                 waited = time.perf_counter() - began
-                numbers, stop = self._step(batches, step)
+                numbers, stop = self._step(batches, step, moment)
                 seconds = time.perf_counter() - began
                 monitor.step(
                     step + 1,
                     numbers
                     | {
-                        "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
-                        "samples_per_second": self.config.train.global_batch / seconds,
+                        "learning_rate": self.learner.rate,
+                        "samples_per_second": global_batch / seconds,
                         "data_wait": waited / seconds,
                         "memory_mb": monitor.memory_mb(),
                     },
+                    self._words(step, numbers, moment),
                 )
-                done = step + 1
-                last = done == steps
-                every = self.config.validation.every
-                if validation and ((every and done % every == 0) or last):
-                    monitor.validation(done, self._validate(validation, done))
-                if stop or last or done % self.config.checkpoint.every == 0:
-                    self._save(done)
-                if stop and not last:
-                    raise Interrupted(self.signal.number or signal.SIGTERM, done)
+                self._after(step + 1, stop, validation, monitor)
+            self.unreadable |= views.unreadable
+
+    def _after(self, done: int, stop: bool, validation: list[Batch], monitor: Monitor) -> None:
+        last, every = done == self.config.train.steps, self.config.validation.every
+        if validation and ((every and done % every == 0) or last):
+            monitor.validation(done, self._validate(validation, done))
+        if stop or last or done % self.config.checkpoint.every == 0:
+            self._save(done)
+        if stop and not last:
+            raise Interrupted(self.signal.number or signal.SIGTERM, done)
+
+    def _begin(self, moment: Moment, global_batch: int, monitor: Monitor) -> None:
+        """What a stage starts from."""
+        stage, network = moment.stage, "as it is"
+        if moment.first > 0 and stage.fresh_optimizer:
+            for each in self._learners():
+                each.forget_moments()
+        if stage.start == "initial":
+            network = "initial"
+            fresh = build_method(self.config)
+            self.learner.load_module(fresh.state_dict())
+            if self.critic and fresh.adversary:
+                self.critic.load_module(fresh.adversary.state_dict())
+            self.loaded = []
+        elif stage.start != "previous":
+            network = stage.start
+            self.loaded = stages.take_weights(stage.start, self.method)
+            self.learner.parameters_changed()
+        if stage.start != "previous" and self.average:
+            self.average = stages.parameters_of(self.method)
+        if self.config.stages:
+            optimizer = "kept" if moment.first > 0 and not stage.fresh_optimizer else "fresh"
+            monitor.say(
+                f"step {moment.first + 1}: stage {stage.name!r} ({moment.index + 1} of {len(self.config.stages)}), "
+                f"{moment.last - moment.first} steps of {global_batch} samples, learning rate {self._rate(moment):g}, "
+                f"terms {', '.join(self.method.weights(moment.first))}; network: {network}, optimizer: {optimizer}"
+            )
+
+    def _learners(self) -> list[Learner]:
+        return [self.learner] if self.critic is None else [self.learner, self.critic]
+
+    def _rate(self, moment: Moment) -> float:
+        return moment.stage.learning_rate or self.config.optimizer.learning_rate
+
+    def _words(self, step: int, numbers: dict[str, float], moment: Moment) -> dict[str, str]:
+        """What the line of a step says beside its numbers."""
+        words = {"stage": moment.stage.name} if self.config.stages else {}
+        warning = self.method.warning(step, numbers)
+        return words | {"warning": warning} if warning else words
 
     def _next(self, views: Iterator[list[Batch]], step: int, start: int) -> list[Batch]:
         try:
@@ -109,25 +169,31 @@ class Trainer:
                 self._save(step)
             raise
 
-    def _step(self, batches: list[Batch], step: int) -> tuple[dict[str, float], bool]:
+    def _step(self, batches: list[Batch], step: int, moment: Moment) -> tuple[dict[str, float], bool]:
         """One optimizer step over the micro-batches: its numbers over the global batch, and whether to stop."""
-        _set_rate(
-            self.engine,
-            self.config.optimizer.learning_rate * rate_factor(self.config.schedule, step, self.config.train.steps),
-        )
+        factor = rate_factor(self.config.schedule, step - moment.first, moment.last - moment.first)
+        self.learner.rate = self._rate(moment) * factor
         batches = [_to_device(batch, self.ranks.device) for batch in batches]
         self._share(batches)
+        self.method.exchange(batches, step)
         numbers: dict[str, Tensor] = {}
         for batch in batches:
-            losses = self.engine(batch, step)
+            losses = self.learner(batch, step)
             total = torch.stack(list(losses.values())).sum()
-            self.engine.backward(total)
-            self.engine.step()
-            for name, value in _named(total, losses, self.method.monitors).items():
-                numbers[name] = numbers.get(name, 0) + value / len(batches)
+            self.learner.learn(total)
+            _add(numbers, _named(total, losses, self.method.monitors), len(batches))
+        if self.critic is not None and "adversarial" in self.method.weights(step):
+            for batch in batches:
+                _add(numbers, self._critic_step(self.critic, batch), len(batches))
         self.method.after_step(step)
         self._update_average()
         return self._reduce(numbers, step)
+
+    def _critic_step(self, critic: Learner, batch: Batch) -> dict[str, Tensor]:
+        losses = critic(*self.method.adversary_inputs(batch))
+        critic.learn(torch.stack(list(losses.values())).sum())
+        seen: dict[str, Tensor] = losses | getattr(critic.module, "monitors", {})
+        return {f"adversary/{name}": value.detach() for name, value in seen.items()}
 
     def _share(self, batches: list[Batch]) -> None:
         """Tells each part of the global batch its share of what the means divide by (see `Method`)."""
@@ -159,17 +225,21 @@ class Trainer:
         return dict(zip(names, mean, strict=False)), mean[-1] > 0
 
     @torch.no_grad()
-    def _validate(self, batches: list[Batch], step: int) -> dict[str, float]:
-        self.engine.eval()
+    def _validate(self, batches: list[Batch], done: int) -> dict[str, float]:
+        """Losses on the held-aside views with the terms of the step taken last."""
+        step = max(0, done - 1)
+        for each in self._learners():
+            each.train(False)
         numbers: dict[str, Tensor] = {}
         for held in batches:
             batch = _to_device(held, self.ranks.device)
             self._share([batch])
-            losses = self.engine(batch, step)
+            self.method.exchange([batch], step)
+            losses = self.learner(batch, step)
             total = torch.stack(list(losses.values())).sum()
-            for name, value in _named(total, losses, self.method.monitors).items():
-                numbers[name] = numbers.get(name, 0) + value / len(batches)
-        self.engine.train()
+            _add(numbers, _named(total, losses, self.method.monitors), len(batches))
+        for each in self._learners():
+            each.train()
         mean = self.ranks.mean(torch.stack([value.double() for value in numbers.values()])).tolist()
         return {
             name.removeprefix("loss/").removeprefix("monitor/"): value
@@ -184,9 +254,6 @@ class Trainer:
         if numbers:
             monitor.say("before the first step: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
 
-    def _views(self, start: int) -> ViewPipeline:
-        return self._pipeline(self.cases, start, "train", self.config.train.accumulation)
-
     def _validation_batches(self) -> list[Batch]:
         """The held-aside views: drawn once, the same at every step and for every number of ranks."""
         if not self.held_aside or not self.config.validation.every:
@@ -194,17 +261,19 @@ class Trainer:
         return self._draw(self.held_aside, "validation", self.config.validation.batches)
 
     def _draw(self, cases: Sequence[Case], split: str, steps: int) -> list[Batch]:
-        with self._pipeline(cases, 0, split, 1) as views:
+        with self._pipeline(cases, 0, split, 1, self.config.train.global_batch) as views:
             return [batches[0] for batches in itertools.islice(views, steps)]
 
-    def _pipeline(self, cases: Sequence[Case], start: int, split: str, accumulation: int) -> ViewPipeline:
+    def _pipeline(
+        self, cases: Sequence[Case], start: int, split: str, accumulation: int, global_batch: int
+    ) -> ViewPipeline:
         loader = self.config.loader
         return ViewPipeline(
             self.store,
             cases,
             self.method.views,
             seed=self.config.seed,
-            global_batch=self.config.train.global_batch,
+            global_batch=global_batch,
             rank=self.ranks.rank,
             world_size=self.ranks.size,
             accumulation=accumulation,
@@ -231,14 +300,19 @@ class Trainer:
             )
         if state is None:
             if self.config.train.ema_decay:
-                self.average = {name: p.detach().float().clone() for name, p in self.method.named_parameters()}
+                self.average = stages.parameters_of(self.method)
             return 0
         if state.step > self.config.train.steps:
             raise UserError(
                 f"train.steps: {self.config.train.steps} is less than the {state.step} steps that "
                 f"{self.run} has taken; choose more, or another output"
             )
-        load_full_state(self.engine, state.model, state.optimizer)
+        self.learner.load_module(state.model)
+        self.learner.load_optimizer_state(state.optimizer)
+        if self.critic is not None:
+            self.critic.load_module(state.adversary)
+            self.critic.load_optimizer_state(state.adversary_optimizer)
+        self.loaded = state.loaded
         self.average = {name: tensor.to(self.ranks.device) for name, tensor in state.average.items()}
         return state.step
 
@@ -250,23 +324,29 @@ class Trainer:
                     self.average[name].lerp_(parameter.detach().float(), 1 - decay)
 
     def _save(self, step: int) -> None:
-        self.ranks.check_equal(self.method)
-        optimizer = full_optimizer_state(self.engine)
+        for each in self._learners():
+            self.ranks.check_equal(each.module)
+        optimizers = [each.optimizer_state() for each in self._learners()]
 
         def write() -> None:
-            state = checkpoint.State(step, self.method.state_dict(), optimizer, self.average)
+            state = checkpoint.State(step, self.method.state_dict(), optimizers[0], self.average, loaded=self.loaded)
+            if self.critic is not None:
+                state.adversary, state.adversary_optimizer = self.critic.module.state_dict(), optimizers[1]
             checkpoint.save_checkpoint(self.run / "checkpoints", state, self.config.checkpoint.keep)
             self._save_weights(step)
 
         self.ranks.on_first(write)
 
     def _save_weights(self, step: int) -> None:
-        save_weights(self.run / RUN_WEIGHTS, self._transferable(), self.description | {"step": step})
+        untrained = [name for name in self.method.untrained() if name not in self.loaded]
+        about = self.description | {"step": step, "untrained": untrained}
+        save_weights(self.run / RUN_WEIGHTS, self._transferable(), about)
 
     def _transferable(self) -> dict[str, Tensor]:
         if not self.average:
             return self.method.transferable()
-        averaged = copy.deepcopy(self.method)
+        alone = (self.method.group, self.method.adversary)  # cannot be copied; need not be
+        averaged = copy.deepcopy(self.method, {id(each): each for each in alone})
         averaged.load_state_dict(self.average, strict=False)
         return averaged.transferable()
 
@@ -281,9 +361,9 @@ def rate_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
     return schedule.final_fraction + (1 - schedule.final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _set_rate(engine: Any, rate: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+def _add(numbers: dict[str, Tensor], more: dict[str, Tensor], parts: int) -> None:
+    for name, value in more.items():
+        numbers[name] = numbers.get(name, 0) + value / parts
 
 
 def _named(total: Tensor, losses: dict[str, Tensor], monitors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """`voxtrast views`: the views of a recipe on one's own store, as plans to read and as a sheet to look at."""
 
 import argparse
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,21 +48,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def draw_views(config: Config, output: Path, step: int, slots: int, split: str, plans: bool) -> None:
     """Writes the sheet of the first samples of one step, and prints their plans where asked to."""
+    picture = sheet(config, build_method(config).views, step, slots, split, plans)
+    write_whole(output, lambda partial: partial.write_bytes(picture))
+    print(f"wrote {output}", file=sys.stderr)
+
+
+def sheet(config: Config, spec: ViewSpec, step: int, slots: int, split: str, plans: bool = False) -> bytes:
+    """The sheet as PNG."""
     try:
         from .reporting.view_sheet import draw_sheet
     except ImportError as error:
         raise UserError(
             f"{error.name}: not installed, and the sheet is drawn with it; pip install {error.name}"
         ) from None
-    spec = build_method(config).views
     rows = []
     for plan, case, sample in samples(config, spec, step, slots, split):
         rows.append((f"{case}\nstep {plan.step} slot {plan.slot}", panels(spec, plan, sample)))
         if plans:
             print(plan.describe(), end="\n\n")
-    picture = draw_sheet(rows)
-    write_whole(output, lambda partial: partial.write_bytes(picture))
-    print(f"wrote {output}", file=sys.stderr)
+    return draw_sheet(rows)
 
 
 def samples(
@@ -72,27 +75,31 @@ def samples(
     store, cases, aside, _ = open_cases(config)
     if split == "validation" and not aside:
         raise UserError("--split validation: no case is held aside (validation.fraction=0); look at train")
-    batch = config.train.global_batch
-    found = []
-    with ViewPipeline(
-        store,
-        cases if split == "train" else aside,
-        spec,
-        seed=config.seed,
-        global_batch=batch,
-        start_step=step,
-        split=split,
-        threads=config.loader.threads,
-        prefetch=0,
-        sampling=config.sampling if split == "train" else of_validation(config.sampling),
-        on_error=config.loader.on_error,
-    ) as views:
-        taken = itertools.islice(views, -(-slots // batch))
-        for number, (values,) in enumerate(taken):
-            for slot in range(min(batch, slots - number * batch)):
-                plan = views.plan(step + number, slot)
-                sample = {key: value[slot] for key, value in values.items() if isinstance(value, Tensor)}
-                found.append((plan, values["case"][slot], sample))
+    schedule = build_method(config).schedule
+    found: list[tuple[Plan, str, dict[str, Any]]] = []
+    while len(found) < slots:
+        moment = schedule.at(step)
+        batch = config.train.global_batch if split == "validation" else schedule.batch(step, config.train.global_batch)
+        with ViewPipeline(
+            store,
+            cases if split == "train" else aside,
+            spec,
+            seed=config.seed,
+            global_batch=batch,
+            start_step=step,
+            split=split,
+            threads=config.loader.threads,
+            prefetch=0,
+            sampling=config.sampling if split == "train" else of_validation(config.sampling),
+            on_error=config.loader.on_error,
+        ) as views:
+            for (values,) in views:
+                for slot in range(min(batch, slots - len(found))):
+                    sample = {key: value[slot] for key, value in values.items() if isinstance(value, Tensor)}
+                    found.append((views.plan(step, slot), values["case"][slot], sample))
+                step += 1
+                if len(found) >= slots or step == moment.last:
+                    break
     return found
 
 

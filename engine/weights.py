@@ -1,15 +1,15 @@
 """Pretrained tensors as one safetensors file, with what is needed to rebuild their network.
 
 The file holds the network's own keys and, under the metadata key `voxtrast`, a JSON description: format, method,
-recipe, step, backbone, version. The networks name most tensors twice (`…convs.0.conv.weight` is also
-`…convs.0.all_modules.0.weight`); safetensors refuses shared tensors, so each is stored once under its first name,
-the other names stand in the description, and `load_weights` gives them back.
+recipe, step, backbone, version, untrained (names of tensors that no loss reached). The networks name most tensors twice
+(`…convs.0.conv.weight` is also `…convs.0.all_modules.0.weight`); safetensors refuses shared tensors, so each is stored
+once under its first name, the other names stand in the description, and `load_weights` gives them back.
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..methods.backbone import architecture_of, left_out, transferable_state
+from ..methods.backbone import LEFT_OUT, architecture_of, transferable_state
 from .errors import UserError
 
 METADATA_KEY = "voxtrast"
@@ -105,18 +105,35 @@ def find_weights(path: Path | str) -> Path:
     return path / RUN_WEIGHTS if path.is_dir() else path
 
 
-def load_into(network: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+def load_into(network: nn.Module, tensors: Mapping[str, Tensor], untrained: Sequence[str] = ()) -> list[str]:
     """Copies pretrained tensors into a network of `build_network`, all of them or none.
 
     Args:
         network: of any architecture.
         tensors: by the network's names; one of a tensor's several names is enough.
+        untrained: names of tensors that pretraining did not train; the network keeps its own in their place.
 
-    Returns: the network's names that were not pretrained: its segmentation layers.
+    Returns: the network's names that were not pretrained: its segmentation layers, and those of `untrained`.
 
     Raises: UserError naming the tensors that are missing, have another shape, or have no place in the network.
     """
-    expected = transferable_state(network)
+    copy_into(transferable_state(network), tensors, untrained)
+    last_layers = architecture_of(network).last_layers
+    return [name for name in network.state_dict() if name.startswith(last_layers)] + list(untrained)
+
+
+def copy_into(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], untrained: Sequence[str] = ()) -> None:
+    """Copies tensors in place over those of the same names, all of them or none; see `load_into`."""
+    sources = matching(expected, tensors, untrained)
+    with torch.no_grad():
+        for name, source in sources.items():
+            expected[name].copy_(source)
+
+
+def matching(
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], untrained: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """The tensors that go over those of `expected`, each under its first name; see `load_into`."""
     names_of: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in expected.items():
         names_of.setdefault(_identity(name, tensor), []).append(name)
@@ -130,11 +147,11 @@ def load_into(network: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
         for name in found:
             if tensors[name].shape != expected[name].shape:
                 differing.append(f"{name} {tuple(tensors[name].shape)} for {tuple(expected[name].shape)}")
-            else:
+            elif not any(each in untrained for each in names):
                 sources[names[0]] = tensors[name]
-    unknown = [name for name in tensors if name not in expected and not name.startswith(left_out(network))]
+    unknown = [name for name in tensors if name not in expected and not name.startswith(LEFT_OUT)]
     complaints = [
-        f"{title}: {_first_few(names)}"
+        f"{title}: {first_few(names)}"
         for title, names in (("missing", missing), ("of another shape", differing), ("unknown", unknown))
         if names
     ]
@@ -143,10 +160,7 @@ def load_into(network: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
             f"the weights do not fit the network ({'; '.join(complaints)}); "
             "build the network from the backbone that the weights file describes"
         )
-    with torch.no_grad():
-        for name, source in sources.items():
-            expected[name].copy_(source)
-    return [name for name in network.state_dict() if name.startswith(architecture_of(network).last_layers)]
+    return sources
 
 
 def write_whole(path: Path, write: Any) -> None:
@@ -187,6 +201,6 @@ def _sibling(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> str | 
     return next((other for other in names if other in tensors and torch.equal(tensors[other], tensor)), None)
 
 
-def _first_few(names: list[str], count: int = 4) -> str:
+def first_few(names: list[str], count: int = 4) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more

@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .backbones import ARCHITECTURES, architecture_of, find_architecture
+from .backbones import ARCHITECTURES, LEFT_OUT, architecture_of, find_architecture
 from .backbones.nnunet import per_level
 
 __all__ = [
     "ARCHITECTURES",
+    "LEFT_OUT",
     "Backbone",
     "BackboneConfig",
     "architecture_of",

@@ -106,6 +106,12 @@ class StageSchedule:
             Moment(i, stage, first, last)
             for i, (stage, first, last) in enumerate(zip(self.stages, [0, *ends], ends, strict=False))
         ]
+        for moment in self.moments:
+            if moment.first == moment.last:
+                raise ValueError(
+                    f"stages[{moment.index}].share: {moment.stage.share} of {sum(shares)} leaves it none of "
+                    f"train.steps={steps}; raise train.steps or the share"
+                )
         self._weights = [
             {
                 name: read_weight(f"stages[{index}].terms.{name}", value)
@@ -117,6 +123,10 @@ class StageSchedule:
     def at(self, step: int) -> Moment:
         """The moment of a step (from 0); the last stage's for steps behind the end."""
         return next((moment for moment in self.moments if step < moment.last), self.moments[-1])
+
+    def batch(self, step: int, usual: int) -> int:
+        """Samples of a step over all ranks and micro-batches, where `usual` is that of stages that do not say."""
+        return self.at(step).stage.global_batch or usual
 
     def weights(self, step: int) -> dict[str, float]:
         """The active terms with their weights."""

@@ -20,7 +20,7 @@ from torch import nn
 from ...methods.backbone import BackboneConfig, build_network
 from ..data.store import INDEX, Store, file_sha256
 from ..errors import UserError
-from ..weights import FORMAT, find_weights, load_into, load_weights, save_weights
+from ..weights import FORMAT, find_weights, first_few, load_into, load_weights, save_weights
 from .cases import choose_crop, draw_cases, read_case
 from .evaluation import evaluate, summarise
 from .training import Budget, train
@@ -93,7 +93,10 @@ def finetune(
 
     network = _seeded_network(config, len(split.classes), seed)
     if not from_scratch:
-        load_into(network, tensors)
+        untrained = description.get("untrained", [])
+        load_into(network, tensors, untrained)
+        if untrained:
+            console.print(f"{len(untrained)} tensors were not pretrained: {first_few(untrained)}", highlight=False)
     network.to(target)
     with _progress(progress) as bars:
         task = bars.add_task(f"train ({arm}, {labels} labels)", total=steps, note="")
@@ -168,7 +171,7 @@ def _backbone(source: Path, description: dict[str, Any]) -> BackboneConfig:
     if config.dimensions != 3:
         raise UserError(
             f"{source}: holds a {config.dimensions}-D network, fine-tuning segments 3-D volumes; use the "
-            "weights of a 3-D recipe, or `voxtrast export --to nnunet` and nnU-Net's 2d configuration"
+            "weights of a 3-D recipe, or `voxtrast export` and a code base that segments slices (nnU-Net's 2d)"
         )
     if config.input_channels != 1:
         raise UserError(

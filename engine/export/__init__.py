@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...methods.backbone import BackboneConfig, build_network
@@ -47,11 +48,13 @@ def export(run: Path | str, to: str, file: Path | str, *, patch_size: list[int] 
 def rebuild(source: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> tuple[nn.Module, list[str]]:
     """The network that the description names, holding the tensors; and the names in it that were not pretrained."""
     try:
-        network = build_network(BackboneConfig.from_dict(description["backbone"]), classes=2)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # what was not pretrained is the same in every export
+            network = build_network(BackboneConfig.from_dict(description["backbone"]), classes=2)
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{source}: its backbone cannot be built ({error}); use the version of voxtrast that "
             f"wrote it ({description.get('version', 'unknown')})"
         ) from error
-    untrained = load_into(network, tensors)
+    untrained = load_into(network, tensors, description.get("untrained", []))
     return network, list(dict.fromkeys([*description.get("not_pretrained", []), *untrained]))

@@ -121,7 +121,7 @@ def write_nnunet(
     content = {
         "network_weights": weights,
         "nnssl_adaptation_plan": adaptation_plan(config, network, patch, description.get("spacing_mm")),
-        "voxtrast": description,
+        "voxtrast": {**description, "not_pretrained": untrained},
     }
     write_whole(file, lambda partial: torch.save(content, partial))
     text = json.dumps(snippet, indent=4) + "\n"

@@ -46,20 +46,25 @@ Line = dict[str, Any]
 
 
 def draw_losses(training: Sequence[Line], validation: Sequence[Line]) -> Picture:
-    """One panel a loss term; thin: each step, thick: running mean, dots: held-aside cases."""
+    """One panel a loss term."""
     terms = sorted({key for line in training for key in line if key.startswith("loss/")})
-    names = ["loss", *terms] if len(terms) != 1 else terms
+    return draw_numbers(["loss", *terms] if len(terms) != 1 else terms, training, validation)
+
+
+def draw_numbers(names: Sequence[str], training: Sequence[Line], validation: Sequence[Line]) -> Picture:
+    """One panel a number of the log; thin: each step, thick: running mean, dots: held-aside cases."""
+    columns = min(len(names), 4)
+    rows = -(-len(names) // columns)
+    colours = (BLUE, ORANGE, GREEN, PINK, GREY) * len(names)
 
     def fill() -> Figure:
-        figure = Figure(figsize=(3.75 * len(names), 3.1), layout="constrained")
-        for axes, name, colour in zip(
-            figure.subplots(1, len(names), squeeze=False)[0],
-            names,
-            (BLUE, ORANGE, GREEN, PINK, GREY) * len(names),
-            strict=False,
-        ):
+        figure = Figure(figsize=(3.75 * columns, 3.1 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes in panels[len(names) :]:
+            axes.set_axis_off()
+        for axes, name, colour in zip(panels, names, colours, strict=False):
             steps, values = _series(training, name)
-            held_steps, held = _series(validation, name.removeprefix("loss/"))
+            held_steps, held = _series(validation, name.rpartition("/")[2] if "/" in name else name)
             _smoothed(axes, steps, values, colour, "training")
             if len(held):
                 axes.plot(
@@ -72,9 +77,9 @@ def draw_losses(training: Sequence[Line], validation: Sequence[Line]) -> Picture
                     mew=1.6,
                     label="held aside",
                 )
-            axes.set_title({"loss": "total loss"}.get(name, name.removeprefix("loss/")))
+            axes.set_title({"loss": "total loss"}.get(name, name.removeprefix("loss/").removeprefix("monitor/")))
             axes.set_xlabel("step")
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if min(*values, *held) < 0 else 0)
             axes.legend(fontsize=9)
         return figure
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...kernels import warp
 from ...methods import Method, build_network
 from ...methods.backbone import BackboneConfig
+from ...methods.views import ViewSpec
 from ..data.pipeline import ViewPipeline
 from ..data.sampling import of_validation
 from ..data.store import Case, Store
@@ -69,8 +70,6 @@ def match_pairs(run: LoadedRun) -> list[MatchedPair]:
         on_error=config.loader.on_error,
     ) as views:
         for [batch] in itertools.islice(views, config.validation.batches):
-            if "displacement" not in batch:
-                raise UserError(f"{config.method.name} has no displacement to show")
             seen = method.inspect(batch)
             moving = batch["moving"].float()
             warped_true = warp(moving, batch["displacement"])
@@ -123,11 +122,25 @@ def features_of(run: LoadedRun, case: Case, *, untrained: bool = False) -> Featu
     stride = run.config.backbone.stride
     background = case.intensity["background"]
     padded = numpy.pad(image, [(0, -size % stride) for size in image.shape], constant_values=background)
-    view = torch.from_numpy(padded)[None, None]
     method = _untrained(run) if untrained else run.method
-    features = method.inspect({"fixed": view, "moving": view})["features"][0].float()
+    seen = method.inspect(_batch_of(torch.from_numpy(padded)[None, None], method.views))
+    if "features" not in seen:
+        raise UserError(f"{run.config.method.name} has no features to show")
+    features = seen["features"][:1].float()
+    if features.shape[2:] != padded.shape:  # of a coarser level
+        features = torch.nn.functional.interpolate(features, padded.shape, mode="nearest")
     inside = (slice(None), *(slice(size) for size in image.shape))
-    return FeatureMap(case.id, frame_of(case.affine, case.spacing_mm, dimensions), image, _numpy(features)[inside])
+    return FeatureMap(case.id, frame_of(case.affine, case.spacing_mm, dimensions), image, _numpy(features[0])[inside])
+
+
+def _batch_of(image: Tensor, spec: ViewSpec) -> dict[str, Any]:
+    """One image as every view of a batch, neither turned nor changed."""
+    batch: dict[str, Any] = {"position": torch.full((1,), 0.5), "case": [""]}
+    for name in spec.views:
+        batch[name] = batch[f"{name}_clean"] = image
+        batch[f"{name}_flips"] = torch.zeros(1, len(spec.crop), dtype=torch.int64)
+        batch[f"{name}_quarter_turns"] = torch.zeros(1, dtype=torch.int64)
+    return batch
 
 
 def _untrained(run: LoadedRun) -> Method:

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy
 
+from ...methods.stages import Stage
 from ..config import Config
 from ..data.store import Case
 from ..errors import UserError
 from ..runs import LoadedRun
+from ..views import sheet
 from . import curves, evidence, page, volumes
 from .planes import frame_of
 from .story import Story
@@ -21,6 +23,7 @@ INPUTS = (
     "volume. L R, P A, I S: left and right, back and front, bottom and top of the body. Black to white: 0.5 to 99.7 "
     "percentile of each volume."
 )
+DISPLACEMENT_MONITORS = ("monitor/displacement_error", "monitor/zero_error")
 VIEWS = (
     "Views of one pair. Warped by the true field, M lies on F: what is left of the difference (after matching mean and "
     "deviation) is the change of appearance, not a shift. The loss counts the voxels of the mask alone: those whose "
@@ -34,6 +37,10 @@ ARROWS = (
     "Arrows from p to p + ψ(p) within the plane, true (wide, blue) and recovered (thin, yellow); M warped by the "
     "recovered field; the difference from F before and after. The changed appearance of M is in both differences."
 )
+SHEET = (
+    "Views as the network sees them, two samples: of cases held aside where there are any. Numbered points lie in the "
+    "same place of the volume."
+)
 FEATURES = (
     "The {count} features of each voxel of unseen volumes: their three main directions of variation ({shares} of the "
     "variance) as red, green and blue. The volumes share directions and range: equal colours are equal features. "
@@ -45,6 +52,7 @@ FEATURES = (
 def settings(config: Config, training: Sequence[Line], run: LoadedRun | None) -> list[str]:
     """What the run was asked to do, on what, and how fast it went."""
     optimizer, backbone, batch = config.optimizer, config.backbone, config.train.global_batch
+    batches = {stage.name: stage.global_batch or batch for stage in config.stages}
     rows = [
         ("recipe, method", f"{config.recipe}, {config.method.name}"),
         ("crop", f"{_times(config.views.crop)} voxels"),
@@ -57,8 +65,10 @@ def settings(config: Config, training: Sequence[Line], run: LoadedRun | None) ->
             f"{optimizer.name}, learning rate {optimizer.learning_rate:g}, {config.schedule.name} schedule, "
             f"{config.schedule.warmup_steps} warm-up steps",
         ),
-        ("batch, seed", f"{batch} pairs a step, seed {config.seed}"),
+        ("batch, seed", f"{batch} samples a step, seed {config.seed}"),
     ]
+    if config.stages:
+        rows.append(("stages", "; ".join(_stage(stage, batches[stage.name]) for stage in config.stages)))
     if run is not None:
         parameters = sum(parameter.numel() for parameter in run.method.parameters())
         rows.append(("parameters", f"{parameters / 1e6:.2f} million"))
@@ -68,14 +78,14 @@ def settings(config: Config, training: Sequence[Line], run: LoadedRun | None) ->
                 f"{len(run.cases)} to train on, {len(run.validation_cases)} held aside; {_sizes(run.store.cases)}",
             )
         )
-    seconds = [batch / line["samples_per_second"] for line in training if line.get("samples_per_second")]
+    timed = [line for line in training if line.get("samples_per_second")]
+    seconds = [batches.get(line.get("stage", ""), batch) / line["samples_per_second"] for line in timed]
     if seconds:
-        middle = median(seconds)
+        middle, rate = median(seconds), median(line["samples_per_second"] for line in timed)
         rows.append(
             (
                 "time of the steps",
-                f"{sum(seconds):.0f} s for {len(seconds)} steps, median {middle:.2f} s "
-                f"a step, {batch / middle:.2f} samples/s",
+                f"{sum(seconds):.0f} s for {len(seconds)} steps, median {middle:.2f} s a step, {rate:.2f} samples/s",
             )
         )
     waits = [line["data_wait"] for line in training if "data_wait" in line]
@@ -85,6 +95,11 @@ def settings(config: Config, training: Sequence[Line], run: LoadedRun | None) ->
     if memory:
         rows.append(("memory, at most", f"{max(memory):.0f} MB"))
     return [page.table(("", ""), rows)]
+
+
+def _stage(stage: Stage, batch: int) -> str:
+    terms = ", ".join(stage.terms) or "all terms"
+    return f"{stage.name}: {terms}, {batch} samples a step, from {stage.start}"
 
 
 def inputs(run: LoadedRun, story: Story) -> list[str]:
@@ -99,6 +114,12 @@ def inputs(run: LoadedRun, story: Story) -> list[str]:
     if any(label is not None for *_, label in pictures):
         return [page.figure(picture, INPUTS + " Outlines: the labels, which pretraining never reads.")]
     return [page.figure(picture, INPUTS)]
+
+
+def views(run: LoadedRun, story: Story) -> list[str]:
+    """The views of the first held-aside samples, of methods without a displacement."""
+    split = "validation" if run.validation_cases else "train"
+    return [page.figure(page.Picture(sheet(run.config, run.method.views, 0, 2, split)), SHEET)]
 
 
 def matching(run: LoadedRun, story: Story) -> list[str]:
@@ -173,13 +194,18 @@ def course(training: Sequence[Line], validation: Sequence[Line]) -> list[str]:
         return [page.note("No step is in log.jsonl yet.")]
     window = max(1, len(training) // 20)
     lines = f"Thin: each step; thick: mean of the last {window} steps" if window > 1 else "Lines: each step"
-    blocks = [
+    blocks = [page.note(f"Step {line['step']}: {line['warning']}.") for line in training if "warning" in line][:5]
+    blocks.append(
         page.figure(
             curves.draw_losses(training, validation),
             (f"Losses. {lines}; circles: cases held aside, always the same views."),
             1000,
         )
-    ]
+    )
+    others = sorted({key for line in training for key in line if key.startswith(("monitor/", "adversary/"))})
+    if others := [key for key in others if key not in DISPLACEMENT_MONITORS]:
+        words = f"Numbers beside the losses. {lines}; circles: cases held aside."
+        blocks.append(page.figure(curves.draw_numbers(others, training, validation), words, 1000))
     if any("monitor/displacement_error" in line for line in training):
         blocks.append(
             page.figure(

@@ -19,6 +19,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "swin_unetr": SwinUNETR(),
 }
 
+# Prefixes of all names that no pretraining fills, whatever the architecture.
+LEFT_OUT = tuple(
+    sorted({prefix for each in ARCHITECTURES.values() for prefix in (*each.second_names, *each.last_layers)})
+)
+
 
 def find_architecture(name: str) -> Architecture:
     """Raises: ValueError naming `backbone.architecture`."""
@@ -36,4 +41,4 @@ def architecture_of(network: nn.Module) -> Architecture:
     raise ValueError(f"network: {type(network).__name__} is none of the backbones' classes {known}")
 
 
-__all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "find_architecture"]
+__all__ = ["ARCHITECTURES", "LEFT_OUT", "Architecture", "architecture_of", "find_architecture"]

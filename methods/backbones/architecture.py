@@ -18,6 +18,7 @@ class Architecture(ABC):
     # Prefixes in the state dict: the last layers, which the downstream task replaces, and second names of tensors.
     last_layers: tuple[str, ...]
     second_names: tuple[str, ...] = ()
+    norms: tuple[str, ...]  # that it can be built with
 
     @abstractmethod
     def own_values(self, config: "BackboneConfig") -> dict[str, Any]:

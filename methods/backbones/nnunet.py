@@ -43,6 +43,7 @@ class NnUNet(Architecture):
 
     last_layers = ("decoder.seg_layers.",)
     second_names = ("decoder.encoder.",)  # the tensors of `encoder.*`
+    norms = ("batch", "group", "instance")
 
     def __init__(self, name: str) -> None:
         self.network_class = CLASSES[name]
@@ -58,8 +59,8 @@ class NnUNet(Architecture):
             raise ValueError(f"backbone.features: a U-Net needs at least 2 levels, got {list(config.features)}")
         if min(config.features) < 1:
             raise ValueError(f"backbone.features: expected at least 1 channel a level, got {list(config.features)}")
-        if config.norm not in ("batch", "group", "instance"):
-            raise ValueError(f"backbone.norm: {config.norm!r} is not one of ['batch', 'group', 'instance']")
+        if config.norm not in self.norms:
+            raise ValueError(f"backbone.norm: {config.norm!r} is not one of {', '.join(self.norms)}")
 
     def build(self, config: "BackboneConfig", classes: int) -> nn.Module:
         levels = len(config.features)

@@ -27,6 +27,7 @@ DECODER_CHANNELS = [256, 128, 64, 32, 16]
 class ResNetUNet(Architecture):
     class_name = "monai.networks.nets.flexible_unet.FlexibleUNet"
     last_layers = ("segmentation_head.",)
+    norms = ("batch",)
 
     def __init__(self, encoder: str) -> None:
         self.encoder = encoder

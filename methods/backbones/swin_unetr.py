@@ -21,6 +21,7 @@ HEADS = 12  # the least common multiple of what the attention heads ask of the f
 class SwinUNETR(Architecture):
     class_name = "monai.networks.nets.swin_unetr.SwinUNETR"
     last_layers = ("out.",)
+    norms = ("instance",)
 
     def own_values(self, config: "BackboneConfig") -> dict[str, Any]:
         size = config.features[0] if config.features else FEATURE_SIZE
