@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..methods import Method
+from ..methods.backbone import find_architecture
 from .config import Config
 from .data.store import Case
 from .deepspeed import Ranks
@@ -30,7 +31,10 @@ def _check_batch_norm(method: nn.Module, config: Config, ranks: Ranks, samples: 
     if found is None:
         return
     accumulation = config.train.accumulation
-    other = "backbone.norm=instance, or " if config.backbone.norm == "batch" else ""
+    other = ""
+    if config.backbone.norm == "batch":
+        choice = "instance" in find_architecture(config.backbone.architecture).norms
+        other = "backbone.norm=instance, or " if choice else "backbone.architecture=residual_unet, or "
     reason = None
     if accumulation > 1:
         reason = f"sees one of {accumulation} micro-batches at a time", f"{other}train.accumulation=1"

@@ -250,6 +250,7 @@ def _typed(raw: Any) -> Config:
     schema = OmegaConf.structured(Config)
     OmegaConf.set_struct(schema, False)
     schema.method, schema.views = OmegaConf.structured(method.Config), OmegaConf.structured(method.Views)
+    schema.backbone = OmegaConf.structured(BackboneConfig)  # the class: an instance has the values of one architecture
     OmegaConf.set_struct(schema.deepspeed.extra, False)
     try:
         _refuse_unknown(set(_settings(Config)) | set(_settings(method.Config, "method."))

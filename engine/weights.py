@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..methods.backbone import transferable_state
+from ..methods.backbone import LEFT_OUT, architecture_of, transferable_state
 from .errors import UserError
 
 METADATA_KEY = "voxtrast"
@@ -109,7 +109,7 @@ def load_into(network: nn.Module, tensors: Mapping[str, Tensor], untrained: Sequ
     """Copies pretrained tensors into a network of `build_network`, all of them or none.
 
     Args:
-        network: PlainConvUNet or ResidualEncoderUNet.
+        network: of any architecture.
         tensors: by the network's names; one of a tensor's several names is enough.
         untrained: names of tensors that pretraining did not train; the network keeps its own in their place.
 
@@ -118,7 +118,8 @@ def load_into(network: nn.Module, tensors: Mapping[str, Tensor], untrained: Sequ
     Raises: UserError naming the tensors that are missing, have another shape, or have no place in the network.
     """
     copy_into(transferable_state(network), tensors, untrained)
-    return [name for name in network.state_dict() if name.startswith("decoder.seg_layers.")] + list(untrained)
+    last_layers = architecture_of(network).last_layers
+    return [name for name in network.state_dict() if name.startswith(last_layers)] + list(untrained)
 
 
 def copy_into(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], untrained: Sequence[str] = ()) -> None:
@@ -148,11 +149,7 @@ def matching(
                 differing.append(f"{name} {tuple(tensors[name].shape)} for {tuple(expected[name].shape)}")
             elif not any(each in untrained for each in names):
                 sources[names[0]] = tensors[name]
-    unknown = [
-        name
-        for name in tensors
-        if name not in expected and not name.startswith(("decoder.encoder.", "decoder.seg_layers."))
-    ]
+    unknown = [name for name in tensors if name not in expected and not name.startswith(LEFT_OUT)]
     complaints = [
         f"{title}: {first_few(names)}"
         for title, names in (("missing", missing), ("of another shape", differing), ("unknown", unknown))

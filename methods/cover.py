@@ -105,11 +105,7 @@ class Cover(Method):
             raise ValueError(
                 f"method.units: expected one number per backbone level ({backbone.levels}), got {list(config.units)}"
             )
-        if len(views.crop) != backbone.dimensions or any(size % backbone.stride for size in views.crop):
-            raise ValueError(
-                f"views.crop: expected {backbone.dimensions} multiples of {backbone.stride} "
-                f"({backbone.levels} levels), got {list(views.crop)}"
-            )
+        backbone.check_size(views.crop, "views.crop")
         if backbone.input_channels != 1:
             raise ValueError(f"backbone.input_channels: a store has one channel, got {backbone.input_channels}")
         if config.unit_channels < 1 or min(config.units) < 1:
@@ -121,7 +117,7 @@ class Cover(Method):
             raise ValueError(f"method.radius: expected at least 1 voxel, got {config.radius}")
         self.config = config
         self.backbone = Backbone(backbone)
-        channels = list(backbone.features)[::-1]
+        channels = self.backbone.decoder_channels
         widths = [(width, units * config.unit_channels) for width, units in zip(channels, config.units, strict=True)]
         self.projections = nn.ModuleList(Projection(*each) for each in widths)
         self.heads = nn.ModuleList(UnitNorm(*each) for each in widths)

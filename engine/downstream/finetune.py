@@ -171,7 +171,7 @@ def _backbone(source: Path, description: dict[str, Any]) -> BackboneConfig:
     if config.dimensions != 3:
         raise UserError(
             f"{source}: holds a {config.dimensions}-D network, fine-tuning segments 3-D volumes; use the "
-            "weights of a 3-D recipe, or `voxtrast export --to nnunet` and nnU-Net's 2d configuration"
+            "weights of a 3-D recipe, or `voxtrast export` and a code base that segments slices (nnU-Net's 2d)"
         )
     if config.input_channels != 1:
         raise UserError(

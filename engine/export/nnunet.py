@@ -12,14 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...methods.backbone import BackboneConfig, per_level
+from ...methods.backbone import BackboneConfig, find_architecture, per_level
 from ..errors import UserError
 from ..weights import write_whole
 
-CLASS_NAMES = {
-    "plain_unet": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-    "residual_unet": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
-}
+LIBRARY = "dynamic_network_architectures."  # what nnU-Net builds its networks from
 IMPORTED = ["conv_op", "norm_op", "dropout_op", "nonlin"]  # the arguments that nnU-Net looks up by name
 CONFIGURATION = {2: "2d", 3: "3d_fullres"}  # nnU-Net's own, to inherit everything else from
 DEFAULT_PATCH = 128
@@ -30,6 +27,12 @@ def architecture_section(config: BackboneConfig) -> dict[str, Any]:
 
     Raises: UserError for a network that plans cannot describe.
     """
+    class_name = find_architecture(config.architecture).class_name
+    if not class_name.startswith(LIBRARY):
+        raise UserError(
+            f"backbone.architecture: {config.architecture} is {class_name}, which nnU-Net cannot build from plans; "
+            "use --to safetensors and load that with MONAI (docs/backbones.md), or pretrain plain_unet or residual_unet"
+        )
     if config.norm != "instance":
         raise UserError(
             f"backbone.norm: {config.norm!r} cannot be written into nnU-Net's plans, which make a norm from its "
@@ -38,7 +41,7 @@ def architecture_section(config: BackboneConfig) -> dict[str, Any]:
     dimensions = config.dimensions
     blocks = "n_conv_per_stage" if config.architecture == "plain_unet" else "n_blocks_per_stage"
     return {
-        "network_class_name": CLASS_NAMES[config.architecture],
+        "network_class_name": class_name,
         "arch_kwargs": {
             "n_stages": config.levels,
             "features_per_stage": list(config.features),

@@ -26,6 +26,15 @@ def test_words_override_the_recipe_and_keep_their_types() -> None:
     assert config.train.steps == 90
 
 
+def test_what_a_recipe_leaves_empty_of_the_backbone_becomes_the_architectures_own(tmp_path: Path) -> None:
+    words = [*WORDS, "backbone.architecture=resnet18_unet", "backbone.features=[]", "backbone.norm=''"]
+    config = load_config("cover-tiny", words)
+    assert config.backbone.features == [64, 64, 128, 256, 512]
+    assert (config.backbone.encoder_blocks, config.backbone.norm) == ([2, 2, 2, 2], "batch")
+    write_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config
+
+
 def test_data_sets_are_weighted_by_their_folders() -> None:
     config = load_config("cover-tiny", [*WORDS, "sampling.weights.mr=2", "sampling.weights.ct/chest=0.5"])
     assert config.sampling.weights == {"mr": 2.0, "ct/chest": 0.5}

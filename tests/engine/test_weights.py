@@ -16,6 +16,8 @@ CONFIGS = [
     BackboneConfig(features=[4, 8, 8], architecture="residual_unet"),
     BackboneConfig(features=[4, 8], dimensions=2),
     BackboneConfig(features=[8, 16], norm="group"),
+    BackboneConfig(architecture="resnet18_unet", dimensions=2),
+    BackboneConfig(architecture="swin_unetr", features=[12]),
 ]
 
 
@@ -43,7 +45,7 @@ def test_every_tensor_comes_back_under_every_name_and_into_a_network(config: Bac
     left = load_into(network, tensors)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in transferable_state(network).items())
     assert left
-    assert all(name.startswith("decoder.seg_layers.") for name in left)
+    assert all(name.startswith(("decoder.seg_layers.", "segmentation_head.", "out.")) for name in left)
 
 
 def test_a_shared_tensor_is_stored_once(tmp_path: Path) -> None:

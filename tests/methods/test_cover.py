@@ -167,3 +167,30 @@ def test_the_spread_of_the_voxel_features_is_watched_and_a_collapse_warned_of() 
     found = [line for step in range(100) if (line := method.warning(step, {"monitor/embedding_std": 0.001}))]
     assert len(found) == 1
     assert "optimizer.learning_rate" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "features", "crop"),
+    [
+        ("swin_unetr", [12], [32, 64]),
+        ("residual_unet_s", [], [16, 16, 32]),
+        ("resnet18_unet", [], [32, 64]),
+        pytest.param("swin_unetr", [12], [32, 32, 64], marks=pytest.mark.slow),
+        pytest.param("residual_unet_m", [], [32, 32, 64], marks=pytest.mark.slow),
+    ],
+)
+def test_any_backbone_takes_a_step(architecture: str, features: list[int], crop: list[int]) -> None:
+    torch.manual_seed(0)
+    backbone = BackboneConfig(architecture=architecture, dimensions=len(crop), features=features)
+    method = Cover(CoverConfig(units=[1] * backbone.levels), backbone, CoverViews(crop=crop))
+    batch = {name: torch.randn(1, 1, *crop) for name in ("fixed", "moving")}
+    batch |= {"displacement": torch.randn(1, len(crop), *crop), "mask": torch.ones(1, 1, *crop)}
+    optimizer = torch.optim.SGD(method.parameter_groups(0.0), lr=1e-3)
+    losses = []
+    for step in range(2):
+        optimizer.zero_grad()
+        losses.append(torch.stack(list(method(batch, step).values())).sum())
+        losses[-1].backward()
+        assert not [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None]
+        optimizer.step()
+    assert losses[1] < losses[0]

@@ -51,6 +51,29 @@ def test_it_learns_and_both_arms_share_everything_but_the_weights(weights: Path,
     assert [json.loads(line) for line in lines] == [pretrained, scratch]
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        BackboneConfig(architecture="swin_unetr", features=[12]),
+        pytest.param(BackboneConfig(architecture="residual_unet_s"), marks=pytest.mark.slow),
+        pytest.param(BackboneConfig(architecture="resnet18_unet"), marks=pytest.mark.slow),
+    ],
+    ids=lambda config: config.architecture,
+)
+def test_every_network_takes_pretrained_weights(
+    config: BackboneConfig, make_weights: Callable[..., Path], store: Store, tmp_path: Path
+) -> None:
+    weights = make_weights(tmp_path / "weights.safetensors", config)
+    line = run(weights, store, steps=2, batch=1, test_cases=1)
+    assert all(side % config.stride == 0 for side in line["crop"])
+    pretrained, _ = load_weights(weights)
+    model, description = load_weights(line["model"])
+    assert set(pretrained) < set(model)
+    assert BackboneConfig.from_dict(description["backbone"]) == config
+    name = next(iter(pretrained))
+    assert (model[name] - pretrained[name]).abs().max() < 0.1  # two steps away, not drawn anew
+
+
 def test_a_repetition_on_the_cpu_gives_the_same_numbers(weights: Path, store: Store, tmp_path: Path) -> None:
     first, second = (run(weights, store, steps=4, output=tmp_path / name) for name in ("a", "b"))
     assert first["loss"] == second["loss"]

@@ -12,6 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from voxtrast.engine.errors import UserError
 from voxtrast.engine.export import export
+from voxtrast.engine.export.nnunet import architecture_section
 from voxtrast.engine.weights import save_weights
 from voxtrast.methods.backbone import Backbone, BackboneConfig
 
@@ -139,6 +140,20 @@ def test_what_plans_cannot_say_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"norm: 'group'.*backbone.norm=instance, or use --to safetensors"):
         export(tmp_path, "nnunet", tmp_path / "weights.pth")
     assert not (tmp_path / "weights.pth").exists()
+
+
+@pytest.mark.parametrize("architecture", ["swin_unetr", "resnet50_unet"])
+def test_a_network_of_monai_is_refused_with_the_way_that_works(architecture: str) -> None:
+    with pytest.raises(UserError, match=rf"{architecture} is monai\..*use --to safetensors and load that with MONAI"):
+        architecture_section(BackboneConfig(architecture=architecture))
+
+
+def test_a_preset_is_written_out_in_the_plans() -> None:
+    section = architecture_section(BackboneConfig(architecture="residual_unet_l"))
+    assert section["network_class_name"].endswith("unet.ResidualEncoderUNet")
+    assert section["arch_kwargs"]["features_per_stage"] == [32, 64, 128, 256, 320, 320]
+    assert section["arch_kwargs"]["n_blocks_per_stage"] == [1, 3, 4, 6, 6, 6]
+    assert section["arch_kwargs"]["n_conv_per_stage_decoder"] == [1] * 5
 
 
 def test_the_patch_size_must_suit_the_network(tmp_path: Path) -> None:

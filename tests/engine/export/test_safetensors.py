@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from monai.networks.nets.swin_unetr import SwinUNETR
+from safetensors.torch import load_file
 
 from voxtrast.engine.errors import UserError
 from voxtrast.engine.export import export
@@ -46,6 +48,22 @@ def test_the_export_holds_the_tensors_and_lists_what_was_not_pretrained(run: Pat
     # An export can be exported again, to the same content.
     export(tmp_path / "out.safetensors", "safetensors", tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
+
+
+def test_monai_loads_the_export_of_its_networks(tmp_path: Path) -> None:
+    config = BackboneConfig(architecture="swin_unetr", features=[12], dimensions=2)
+    backbone = Backbone(config)
+    description = {"format": 1, "backbone": config.to_dict(), "version": "0"}
+    save_weights(tmp_path / "weights.safetensors", backbone.transferable(), description)
+    lines = export(tmp_path, "safetensors", tmp_path / "out.safetensors")
+    assert lines[2] == "not in the file: out.conv.conv.weight, out.conv.conv.bias"
+    network = SwinUNETR(1, 14, feature_size=12, spatial_dims=2)
+    missing, unexpected = network.load_state_dict(load_file(tmp_path / "out.safetensors"), strict=False)
+    assert missing == ["out.conv.conv.weight", "out.conv.conv.bias"]
+    assert not unexpected
+    image = torch.randn(1, 1, 32, 64)
+    with torch.no_grad():
+        assert torch.equal(backbone.encode(image)[-1], network.encoder10(network.swinViT(image)[4]))
 
 
 def test_unusable_requests_say_what_to_do(run: Path, tmp_path: Path) -> None:
