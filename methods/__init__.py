@@ -6,9 +6,11 @@ from typing import Any
 from .backbone import Backbone, BackboneConfig, build_network, transferable_state
 from .cover import Cover
 from .method import Batch, Method
+from .pcrl import Pcrl
+from .pcrlv2 import PcrlV2
 from .views import AffineRanges, AppearanceRanges, View, ViewSpec
 
-METHODS: dict[str, Any] = {"cover": Cover}
+METHODS: dict[str, Any] = {"cover": Cover, "pcrl": Pcrl, "pcrlv2": PcrlV2}
 
 
 def recipe_names() -> list[str]:
@@ -26,6 +28,8 @@ __all__ = [
     "Batch",
     "Cover",
     "Method",
+    "Pcrl",
+    "PcrlV2",
     "View",
     "ViewSpec",
     "build_network",
