@@ -161,8 +161,8 @@ class Pcrl(Method):
             losses["contrast"] = self.contrast(q, k, q_mixed, k_mixed, k_mix, normalizer)
             self.bank.collect(k, k_mixed, k_mix)
             self.monitor.see(q)
-            collapsed = self._collapsed(normalizer)
-            self.monitors = self.monitor.numbers() | {"loss_over_collapse": losses["contrast"].detach() / collapsed}
+            ratio = losses["contrast"].detach() / collapsed_contrast(self.config.bank_size)
+            self.monitors = self.monitor.numbers() | {"loss_over_collapse": ratio}
         if "restoration" in weights:
             alphas = self._share(step, "first alpha"), self._share(step, "second alpha")
             restored = self._restored(batch, (first, second), (mixed_first, mixed_second), alphas)
@@ -301,11 +301,6 @@ class Pcrl(Method):
             self.normalizer.copy_(mean)
         return mean
 
-    def _collapsed(self, normalizer: Tensor) -> Tensor:
-        """The contrast of embeddings that are all equal."""
-        log_ratio = 1 / self.config.temperature - normalizer.double().log() - math.log(self.config.bank_size)
-        return (functional.softplus(-log_ratio) + self.config.bank_size * functional.softplus(log_ratio)).squeeze()
-
 
 def unit(vectors: Tensor) -> Tensor:
     """float32 at least."""
@@ -319,6 +314,11 @@ def mix(share: float, one: Tensor, other: Tensor) -> Tensor:
 def mix_maps(share: float, ones: Maps, others: Maps) -> Maps:
     """Mix_a: the bottleneck and every skip."""
     return [mix(share, one, other) for one, other in zip(ones, others, strict=True)]
+
+
+def collapsed_contrast(size: int) -> float:
+    """The least contrast of keys that are all equal: ln(K + 1) + K ln(1 + 1 / K), where every r is 1."""
+    return math.log(size + 1) + size * math.log1p(1 / size)
 
 
 def _check(config: PcrlConfig, backbone: BackboneConfig, views: PcrlViews) -> None:

@@ -193,7 +193,7 @@ class PcrlV2(Method):
         for term, scale in (("similarity", s), ("local_similarity", r)):
             if term in weights:
                 blocks = [max(each, scale + 1) for each in blocks]
-        images = [batch["x1"], batch["x2"]][: 2 if blocks[1] else 1]
+        images = [batch["x1"], batch["x2"]] if blocks[1] else [batch["x1"]]
         if len(images) == 1 or self.backbone.config.norm == "batch":
             encoded = [self.backbone.encode(image) for image in images]
         else:

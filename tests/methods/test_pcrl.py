@@ -1,4 +1,4 @@
-"""PCRL v1: its formulas, the bugs of the official code that it does not repeat, and independence of how a batch is cut."""
+"""PCRL v1: its formulas, the official bugs that it does not repeat, and that any cut of a batch is the same."""
 
 import copy
 import math
@@ -16,9 +16,9 @@ from voxtrast.engine.config import load_config
 from voxtrast.engine.data.pipeline import ViewPipeline
 from voxtrast.engine.data.store import Store
 from voxtrast.engine.runs import build_method
-from voxtrast.methods import Batch, BackboneConfig
+from voxtrast.methods import BackboneConfig, Batch
 from voxtrast.methods.parts import rigid
-from voxtrast.methods.pcrl import Pcrl, PcrlConfig, PcrlViews
+from voxtrast.methods.pcrl import Pcrl, PcrlConfig, PcrlViews, collapsed_contrast
 from voxtrast.methods.views import View
 
 SIZES = {2: (8, 8), 3: (4, 8, 8)}
@@ -101,7 +101,8 @@ def test_contrast_is_the_formula(case: str) -> None:
     expected.backward()  # type: ignore[union-attr]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # type: ignore[union-attr]
     for leaf, double in zip(leaves, doubles, strict=True):
-        assert double.grad is not None and leaf.grad is not None
+        assert double.grad is not None
+        assert leaf.grad is not None
         assert (leaf.grad.double() - double.grad).norm() <= 1e-6 * double.grad.norm()
 
 
@@ -127,7 +128,8 @@ def test_restoration_is_the_formula(count: int) -> None:
     expected.backward()  # type: ignore[union-attr]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # type: ignore[union-attr]
     for leaf, double in zip(leaves, doubles, strict=True):
-        assert double.grad is not None and leaf.grad is not None
+        assert double.grad is not None
+        assert leaf.grad is not None
         assert (leaf.grad.double() - double.grad).norm() <= 1e-6 * double.grad.norm()
 
 
@@ -360,7 +362,8 @@ def test_three_kinds_of_keys_go_into_the_bank_after_the_step_and_no_term_meets_t
     assert method.bank.place.item() == 3 * 4
     pushed = method.bank.vectors[:12]
     torch.testing.assert_close(pushed.norm(dim=1), torch.ones(12))
-    assert not torch.equal(pushed[:4], pushed[4:8]) and not torch.equal(pushed[4:8], pushed[8:])
+    assert not torch.equal(pushed[:4], pushed[4:8])
+    assert not torch.equal(pushed[4:8], pushed[8:])
     assert torch.equal(method.bank.vectors[12:], before[12:])
     assert method(small_batch(), 0)["contrast"].item() != first
 
@@ -377,7 +380,8 @@ def test_what_the_mixed_branches_restore_has_the_geometry_of_their_input(dimensi
     """Official bug: the target there is the crop before the flips and turns that its input has."""
     method = small_pcrl(dimensions)
     batch = small_batch(dimensions=dimensions)
-    assert batch["x1_quarter_turns"].any() and batch["x1_flips"].any()
+    assert batch["x1_quarter_turns"].any()
+    assert batch["x1_flips"].any()
     plain = torch.randn_like(batch["x1"])
     for view in ("x1", "x2"):  # no change of appearance: input and target are the same image
         turned = rigid.apply(plain, batch[f"{view}_flips"], batch[f"{view}_quarter_turns"])
@@ -434,17 +438,19 @@ def test_a_batch_norm_has_passes_of_their_own_and_refuses_micro_batches() -> Non
     small_pcrl().check_training(4, 2)
 
 
-def test_equal_embeddings_are_what_the_monitor_measures_the_contrast_against() -> None:
+def test_the_monitor_measures_the_contrast_against_the_least_that_equal_keys_allow() -> None:
     method = small_pcrl()
-    batch = small_batch()
-    with torch.no_grad():
-        for head in (method.projector, method.projector_twin.network):
-            head[2].weight.zero_()  # type: ignore[index]
-            head[2].bias.fill_(1)  # type: ignore[index]
-        method.bank.vectors.fill_(1 / math.sqrt(12))
-        method.normalizer.fill_(1.7)
-    method(batch, 0)
-    assert method.monitors["loss_over_collapse"].item() == pytest.approx(1, rel=1e-5)
+    key = unit_rows(1, 12, seed=0)
+    method.bank.vectors[:] = key
+    across = unit_rows(1, 12, seed=1)
+    across = torch.nn.functional.normalize(across - (across @ key.T) * key)
+    losses = []
+    for cosine in np.linspace(-1, 1, 2001):
+        q = cosine * key + math.sqrt(1 - cosine**2) * across
+        losses.append(method.contrast(q, key, q, key, key, torch.tensor([1.7])).item())
+    assert min(losses) == pytest.approx(collapsed_contrast(37), rel=1e-5)
+    loss = method(small_batch(), 0)["contrast"].item()
+    assert method.monitors["loss_over_collapse"].item() == pytest.approx(loss / collapsed_contrast(37))
 
 
 def test_what_does_not_fit_together_is_refused_by_its_name() -> None:
@@ -452,12 +458,12 @@ def test_what_does_not_fit_together_is_refused_by_its_name() -> None:
     clean = View(clean=True)
     turned = View(clean=True, quarter_turns=True)
     wrong: list[tuple[str, PcrlConfig, BackboneConfig, PcrlViews]] = [
-        (r"views\.crop.*such as \[8, 8, 8\]", PcrlConfig(), backbone, PcrlViews([7, 8, 9])),
+        (r"views\.crop.*multiples of 2.*\[8, 8, 8\]", PcrlConfig(), backbone, PcrlViews([7, 8, 8])),
         (r"views\.crop.*equal last two sides, got \[8, 6\]; take \[4, 6, 6\]", PcrlConfig(), backbone,
          PcrlViews([4, 8, 6], turned, clean)),
         (r"views\.x2\.clean", PcrlConfig(), backbone, PcrlViews([4, 8, 8], clean, View())),
         (r"views\.x1\.size", PcrlConfig(), backbone, PcrlViews([4, 8, 8], View(clean=True, size=[8, 8, 8]), clean)),
-        (r"views\.crop.*one voxel at the bottleneck", PcrlConfig(), backbone, PcrlViews([2, 2, 2])),
+        (r"views\.crop.*bottleneck", PcrlConfig(), backbone, PcrlViews([2, 2, 2])),
         (r"backbone\.input_channels", PcrlConfig(), BackboneConfig(features=[8, 16], input_channels=3),
          PcrlViews([4, 8, 8])),
         (r"method\.temperature", PcrlConfig(temperature=0), backbone, PcrlViews([4, 8, 8])),
@@ -477,9 +483,12 @@ def test_views_of_the_data_plane_are_turned_back_onto_each_other(tiny_store: Pat
     store = Store(tiny_store)
     with ViewPipeline(store, store.cases, method.views, seed=0, global_batch=8, threads=1) as batches:
         [batch] = next(batches)
-    assert batch["x1_flips"].any() and batch["x1_quarter_turns"].unique().numel() > 1
+    assert batch["x1_flips"].any()
+    assert batch["x1_quarter_turns"].unique().numel() > 1
     x1, x2, g1, g2 = method._images(batch).unbind(1)
-    assert torch.equal(x1, x2) and torch.equal(g1, g2) and torch.equal(x1, g1)
+    assert torch.equal(x1, x2)
+    assert torch.equal(g1, g2)
+    assert torch.equal(x1, g1)
     assert not torch.equal(batch["x1"], batch["x2"])
 
 
