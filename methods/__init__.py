@@ -8,9 +8,11 @@ from .cover import Cover
 from .jcl import JCL
 from .method import Batch, Method
 from .pcl import PCL
+from .pcrl import Pcrl
+from .pcrlv2 import PcrlV2
 from .views import AffineRanges, AppearanceRanges, View, ViewSpec
 
-METHODS: dict[str, Any] = {"cover": Cover, "jcl": JCL, "pcl": PCL}
+METHODS: dict[str, Any] = {"cover": Cover, "jcl": JCL, "pcl": PCL, "pcrl": Pcrl, "pcrlv2": PcrlV2}
 
 
 def recipe_names() -> list[str]:

@@ -14,11 +14,16 @@ def check_crop(crop: Sequence[int], backbone: BackboneConfig, shrunk: int = 1) -
         backbone: the network.
         shrunk: how many times smaller along each axis the network sees it at the least.
     """
+    if backbone.input_channels != 1:
+        raise ValueError(f"backbone.input_channels: a store has one channel, got {backbone.input_channels}; take 1")
+    small = [size // shrunk if size % shrunk == 0 else 0 for size in crop]
+    if shrunk == 1 or len(crop) != backbone.dimensions:
+        backbone.check_size(crop, "views.crop")
+        return
     stride = backbone.stride * shrunk
-    seen = f"{backbone.levels} levels" + (f", seen {shrunk} times smaller" if shrunk > 1 else "")
-    if len(crop) != backbone.dimensions or any(size < 1 or size % stride for size in crop):
-        works = [max(1, round(size / stride)) * stride for size in crop] or [stride]
-        works = (works * backbone.dimensions)[: backbone.dimensions]
+    seen = f"{backbone.levels} levels, seen {shrunk} times smaller"
+    if any(size < 1 or size % backbone.stride for size in small):
+        works = [max(1, round(size / stride)) * stride for size in crop]
         raise ValueError(
             f"views.crop: expected {backbone.dimensions} multiples of {stride} ({seen}), got {list(crop)}; take {works}"
             " or fewer backbone.features"
@@ -28,5 +33,3 @@ def check_crop(crop: Sequence[int], backbone: BackboneConfig, shrunk: int = 1) -
             f"backbone.features: of a crop {list(crop)} the last level ({seen}) sees a single voxel, which an instance "
             f"norm makes 0; take {list(backbone.features)[:-1]}, or views.crop={[2 * size for size in crop]}"
         )
-    if backbone.input_channels != 1:
-        raise ValueError(f"backbone.input_channels: a store has one channel, got {backbone.input_channels}; take 1")
