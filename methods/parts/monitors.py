@@ -59,7 +59,8 @@ class EmbeddingMonitor(nn.Module):
             self.latest.copy_(torch.stack([embedding_std(vectors), effective_rank(vectors)]))
 
     def numbers(self) -> dict[str, Tensor]:
-        if bool(self.latest[0].isnan()):
+        """Nothing outside training: what is seen there is no part of the window."""
+        if not self.training or bool(self.latest[0].isnan()):
             return {}
         return {"embedding_std": self.latest[0].clone(), "effective_rank": self.latest[1].clone()}
 
