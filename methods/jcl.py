@@ -35,6 +35,7 @@ Departures from the official code, with reasons:
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class PixelProjector(nn.Sequential):
         convolution: type[nn.Module] = nn.Conv2d if flat else nn.Conv3d
         layers: list[nn.Module] = []
         for width in (inputs, outputs):
-            layers.append(convolution(width, outputs, 3, padding=1, bias=False))  # type: ignore[call-arg]
+            layers.append(convolution(width, outputs, 3, padding=1, bias=False))
             if backbone.norm == "group":
                 layers.append(nn.GroupNorm(max(1, outputs // 8), outputs))
             elif backbone.norm == "batch":
@@ -191,7 +192,8 @@ def per_place(maps: Tensor) -> Tensor:
 
 def middle(maps: Tensor) -> Tensor:
     """The vectors (N, C) at one place: at each the contrast is that of a whole batch of images."""
-    return maps[(..., *(size // 2 for size in maps.shape[2:]))]
+    place: list[Any] = [size // 2 for size in maps.shape[2:]]
+    return maps[(..., *place)]
 
 
 def consistency(auxiliary: Tensor, dominant: Tensor) -> Tensor:
