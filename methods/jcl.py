@@ -20,6 +20,9 @@ A place is contrasted with the same place of other images alone: 2B - 2 negative
 batch, that is little, and what is told apart at a place is hardly more than whose volume it is; the more ranks share
 a batch the better.
 
+The backbone of the recipes has batch norm, as the official one. Instance and group norm take its own mean from every
+image: embeddings of images begin all but equal, and at the image level stay so (measured; the monitors say it).
+
 Departures from the official code, with reasons:
 - Negatives come from all ranks, so that a result does not depend on how many there are (`negatives: local` for theirs).
 - The places are S problems of one call, where the code loops over them.
