@@ -81,7 +81,8 @@ class CollapseWatch:
     # Measured on slabs and volumes of hippocampi, 60 to 200 steps (embedding_std, loss_over_collapse):
     #   PCL   its recipe              0.02, 1.000 until step 20; 0.27, 0.845 at 40; 0.47, 0.80 at 60
     #         batch norm, sgd at 0.01 0.32, 0.83 at step 20; 0.51, 0.75 at 60
-    #         sgd at 0.1 and 1        0.023, 1.000 throughout; 0.45, 0.867 at 40 and 0.02 to 0.04, 0.996 to 0.999 from 60
+    #         sgd at 0.1              0.023, 1.000 throughout
+    #         sgd at 1                0.45, 0.867 at step 40; 0.02 to 0.04, 0.999 to 0.996 from 60
     #   JCL   its recipe              images 0.22 to 0.43, 0.84 to 0.76 from step 40; dense 0.68 to 0.47, 0.87 to 0.73
     #         sgd at 0.01, slow       images 0.10 to 0.18, 0.991 to 0.982
     #         instance or group norm  images 0.00 to 0.05, 1.006 to 1.000; dense, of the group norm, 0.01 to 0.09, 1.000
