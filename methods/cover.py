@@ -222,5 +222,5 @@ class Cover(Method):
     def _watch_over(self, features: Tensor) -> None:
         """The features of the voxels a quarter of the view from its sides, 2^D of them."""
         corners: Any = itertools.product(*((size // 4, size - 1 - size // 4) for size in features.shape[2:]))
-        self.embeddings.see(torch.cat([features[(..., *corner)] for corner in corners]))
+        self.embeddings.see(torch.stack([features[(..., *corner)] for corner in corners], dim=1).flatten(0, 1))
         self.monitors |= self.embeddings.numbers()

@@ -40,13 +40,13 @@ class EmbeddingMonitor(nn.Module):
     """
 
     seen: Tensor  # (1,) int64
+    latest: Tensor  # (2,) float64, NaN until there are any: part of the checkpoint as the window is
 
     def __init__(self, channels: int, window: int = WINDOW) -> None:
         super().__init__()
         self.window = FeatureBank(window, channels)
         self.register_buffer("seen", torch.zeros(1, dtype=torch.int64))
-        self._numbers: dict[str, Tensor] = {}
-        self._per_forward = 0
+        self.register_buffer("latest", torch.full((2,), torch.nan, dtype=torch.float64))
 
     def see(self, embeddings: Tensor) -> None:
         """(b, C) of one forward."""
@@ -58,12 +58,13 @@ class EmbeddingMonitor(nn.Module):
         if step % EVERY == 0 and int(self.seen) >= len(self.window.vectors):
             # On the CPU: small, and a GPU takes longer for the singular values.
             vectors = self.window.vectors.cpu()
-            self._numbers = {"embedding_std": embedding_std(vectors), "effective_rank": effective_rank(vectors)}
+            self.latest.copy_(torch.stack([embedding_std(vectors), effective_rank(vectors)]))
 
     def numbers(self) -> dict[str, Tensor]:
         """Nothing outside training: what is seen there is no part of the window."""
-        found = self._numbers if self.training else {}
-        return {name: value.to(self.seen.device) for name, value in found.items()}
+        if not self.training or bool(self.latest[0].isnan()):
+            return {}
+        return {"embedding_std": self.latest[0].clone(), "effective_rank": self.latest[1].clone()}
 
 
 class CollapseWatch:

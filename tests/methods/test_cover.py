@@ -167,3 +167,15 @@ def test_the_spread_of_the_voxel_features_is_watched_and_a_collapse_warned_of() 
     found = [line for step in range(100) if (line := method.warning(step, {"monitor/embedding_std": 0.001}))]
     assert len(found) == 1
     assert "optimizer.learning_rate" in found[0]
+
+
+def test_the_watched_voxels_of_a_sample_follow_each_other_however_the_batch_is_cut() -> None:
+    whole, parts = small_cover(), small_cover()
+    batch = small_batch(count=4)
+    with torch.no_grad():
+        whole(batch, 0)
+        for first in (0, 1):
+            parts({key: value[2 * first : 2 * first + 2] for key, value in batch.items()}, 0)
+    for method in (whole, parts):
+        method.after_step(0)
+    torch.testing.assert_close(parts.embeddings.window.vectors[:32], whole.embeddings.window.vectors[:32])
