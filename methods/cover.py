@@ -28,6 +28,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -216,6 +217,6 @@ class Cover(Method):
     @torch.no_grad()
     def _watch_over(self, features: Tensor) -> None:
         """The features of the voxels a quarter of the view from its sides, 2^D of them."""
-        corners = itertools.product(*((size // 4, size - 1 - size // 4) for size in features.shape[2:]))
+        corners: Any = itertools.product(*((size // 4, size - 1 - size // 4) for size in features.shape[2:]))
         self.embeddings.see(torch.stack([features[(..., *corner)] for corner in corners], dim=1).flatten(0, 1))
         self.monitors |= self.embeddings.numbers()

@@ -20,6 +20,9 @@ A place is contrasted with the same place of other images alone: 2B - 2 negative
 batch, that is little, and what is told apart at a place is hardly more than whose volume it is; the more ranks share
 a batch the better.
 
+The backbone of the recipes has batch norm, as the official one. Instance and group norm take its own mean from every
+image: embeddings of images begin all but equal, and at the image level stay so (measured; the monitors say it).
+
 Departures from the official code, with reasons:
 - Negatives come from all ranks, so that a result does not depend on how many there are (`negatives: local` for theirs).
 - The places are S problems of one call, where the code loops over them.
@@ -35,6 +38,7 @@ Departures from the official code, with reasons:
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +80,7 @@ class PixelProjector(nn.Sequential):
         convolution: type[nn.Module] = nn.Conv2d if flat else nn.Conv3d
         layers: list[nn.Module] = []
         for width in (inputs, outputs):
-            layers.append(convolution(width, outputs, 3, padding=1, bias=False))  # type: ignore[call-arg]
+            layers.append(convolution(width, outputs, 3, padding=1, bias=False))
             if backbone.norm == "group":
                 layers.append(nn.GroupNorm(max(1, outputs // 8), outputs))
             elif backbone.norm == "batch":
@@ -191,7 +195,8 @@ def per_place(maps: Tensor) -> Tensor:
 
 def middle(maps: Tensor) -> Tensor:
     """The vectors (N, C) at one place: at each the contrast is that of a whole batch of images."""
-    return maps[(..., *(size // 2 for size in maps.shape[2:]))]
+    place: list[Any] = [size // 2 for size in maps.shape[2:]]
+    return maps[(..., *place)]
 
 
 def consistency(auxiliary: Tensor, dominant: Tensor) -> Tensor:

@@ -194,3 +194,15 @@ def test_any_backbone_takes_a_step(architecture: str, features: list[int], crop:
         assert not [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None]
         optimizer.step()
     assert losses[1] < losses[0]
+
+
+def test_the_watched_voxels_of_a_sample_follow_each_other_however_the_batch_is_cut() -> None:
+    whole, parts = small_cover(), small_cover()
+    batch = small_batch(count=4)
+    with torch.no_grad():
+        whole(batch, 0)
+        for first in (0, 1):
+            parts({key: value[2 * first : 2 * first + 2] for key, value in batch.items()}, 0)
+    for method in (whole, parts):
+        method.after_step(0)
+    torch.testing.assert_close(parts.embeddings.window.vectors[:32], whole.embeddings.window.vectors[:32])

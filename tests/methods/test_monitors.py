@@ -50,8 +50,11 @@ def test_the_monitor_speaks_of_the_last_embeddings_of_training_once_it_has_seen_
     state = {name: tensor.clone() for name, tensor in monitor.state_dict().items()}
     monitor.see(torch.ones(8, 4))
     monitor.update(30)
-    assert all(torch.equal(state[name], tensor) for name, tensor in monitor.state_dict().items())
+    torch.testing.assert_close(dict(monitor.state_dict()), state, rtol=0, atol=0, equal_nan=True)
     assert monitor.numbers() == {}
+    resumed = EmbeddingMonitor(4, window=8)
+    resumed.load_state_dict(state)
+    assert resumed.numbers()["effective_rank"].item() == pytest.approx(4, abs=1e-6)
 
 
 def warned(watch: CollapseWatch, numbers: dict[str, float], steps: range) -> list[int]:

@@ -146,7 +146,12 @@ def built(name: str, negatives: str = "global", positives: str = "position") -> 
     torch.manual_seed(0)
     chosen = {"negatives": negatives, "positives": positives, "channels": 8}
     if name == "pcl":
-        return PCL(PCLConfig(**chosen), SMALL, PCLViews(crop=[4, 8, 8]))
+        method = PCL(PCLConfig(**chosen), SMALL, PCLViews(crop=[4, 8, 8]))
+        with (
+            torch.no_grad()
+        ):  # at first all embeddings are nearly equal, and gradients are differences of large numbers
+            method.projector[-1].bias -= method.embed(drawn(method)["x1"]).mean(0)
+        return method
     return JCL(JCLConfig(**chosen, decoder_blocks=1), SMALL, JCLViews(crop=[4, 8, 8], dominant_scale=0.5))
 
 
