@@ -3,9 +3,10 @@
 voxtrast bench train cover-3d data=STORE [train.global_batch=1] [--steps N] [--output FILE]
 
 Both forms start from the same weights, see the same batches and take turns (A B A B), so that a machine that slows down
-slows both; their losses are compared step by step. Forward ends where the losses are, backward where the gradients are,
-and their parts are told apart by the maps that the network hands out: what comes before them in backward belongs to the
-losses. The wait for data is what is left of the loader's work while a step runs.
+slows both; their losses are compared step by step. Encoder and decoder are what runs inside the backbone's `encode` and
+`decode`; in backward a part begins where the gradient of its last map is whole. What is left belongs to the losses, a
+momentum encoder among it. The wait for data is what is left of the loader's work while a step runs. With stages, the
+step measured is one of the last stage.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,26 +42,31 @@ PARTS = (
     "decoder backward",
     "encoder backward",
     "optimizer",
+    "adversary",
 )
 FORMS = ("ours", "references")
 
 
 class Clock:
-    """Seconds from one named mark to the next."""
+    """Seconds in each part; one part runs at a time."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._last = 0.0
+        self._running = PARTS[0]
+        self._since = 0.0
 
-    def start(self) -> None:
+    def start(self, part: str) -> None:
+        """A step, with its first part."""
         self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._last = self._now()
+        self._running, self._since = part, self._now()
 
-    def mark(self, part: str) -> None:
+    def enter(self, part: str | None) -> str:
+        """From here on `part` runs; says which one did. None for the end of the step."""
         now = self._now()
-        self.seconds[part] += now - self._last
-        self._last = now
+        self.seconds[self._running] += now - self._since
+        before, self._running, self._since = self._running, part or self._running, now
+        return before
 
     def _now(self) -> float:
         if self.place.on_gpu:
@@ -69,29 +75,26 @@ class Clock:
 
 
 def watch(method: Method, clock: Clock) -> None:
-    """Has the clock marked where the network passes from part to part."""
+    """Has the clock told where the step passes from part to part."""
     backbone: Any = method.backbone
-    encode, decode = backbone.encode, backbone.decode
-    above_bottleneck = "losses backward"  # what ends where the bottleneck's gradient is whole
 
-    def timed_encode(image: Tensor) -> list[Tensor]:
-        maps: list[Tensor] = encode(image)
-        clock.mark("encoder forward")
-        # A gradient is whole when its producer's turn comes: all that was built on the map has had its own.
-        if maps[-1].requires_grad:
-            maps[-1].register_hook(lambda _: clock.mark(above_bottleneck))
-        return maps
+    def timed(part: str, work: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+        def begin_backward(_: Tensor) -> None:
+            clock.enter(f"{part} backward")
 
-    def timed_decode(encoder_maps: Sequence[Tensor], blocks: int | None = None) -> list[Tensor]:
-        nonlocal above_bottleneck
-        above_bottleneck = "decoder backward"
-        maps: list[Tensor] = decode(encoder_maps, blocks)
-        clock.mark("decoder forward")
-        if maps[-1].requires_grad:
-            maps[-1].register_hook(lambda _: clock.mark("losses backward"))
-        return maps
+        def run(*arguments: Any, **options: Any) -> list[Tensor]:
+            before = clock.enter(f"{part} forward")
+            maps = work(*arguments, **options)
+            # A gradient is whole when its producer's turn comes: all that was built on the map has had its own.
+            if maps[-1].requires_grad:
+                maps[-1].register_hook(begin_backward)
+            clock.enter(before)
+            return maps
 
-    backbone.encode, backbone.decode = timed_encode, timed_decode
+        return run
+
+    backbone.encode = timed("encoder", backbone.encode)
+    backbone.decode = timed("decoder", backbone.decode)
 
 
 @contextlib.contextmanager
@@ -120,24 +123,37 @@ class Form:
         watch(self.method, self.clock)
         groups = self.method.parameter_groups(config.optimizer.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.optimizer.learning_rate)
+        self.parts = [part for part in PARTS if part != "adversary" or method.adversary is not None]
+        if self.method.adversary is not None:
+            critic, chosen = self.method.adversary.to(place.device), config.adversary_optimizer
+            self.critic_optimizer = torch.optim.Adam(critic.parameters(), lr=chosen.learning_rate)
         self.losses: list[float] = []
         self.taken: list[dict[str, float]] = []
 
     def step(self, batch: Batch, number: int, waited: float) -> None:
         module = sys.modules[type(self.method).__module__]
+        batch = dict(batch)  # a method may add to it
         with references_in(module) if self.name == "references" else contextlib.nullcontext():
-            self.clock.start()
+            self.clock.start("losses forward")
+            self.method.exchange([batch], number)
             losses = self.method(batch, number)
             total = torch.stack(list(losses.values())).sum()
-            self.clock.mark("losses forward")
+            self.clock.enter("losses backward")
             self.optimizer.zero_grad(set_to_none=True)
             total.backward()
-            self.clock.mark("encoder backward")
+            self.clock.enter("optimizer")
             if self.config.optimizer.gradient_clip:
                 nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optimizer.gradient_clip)
             self.optimizer.step()
+            if self.method.adversary is not None and "adversarial" in self.method.weights(number):
+                self.clock.enter("adversary")
+                self.critic_optimizer.zero_grad(set_to_none=True)
+                critic_losses = self.method.adversary(*self.method.adversary_inputs(batch))
+                torch.stack(list(critic_losses.values())).sum().backward()
+                self.critic_optimizer.step()
+                self.clock.enter("optimizer")
             self.method.after_step(number)
-            self.clock.mark("optimizer")
+            self.clock.enter(None)
         self.losses.append(total.item())
         self.taken.append({**self.clock.seconds, "data": waited})
 
@@ -154,10 +170,10 @@ class Form:
         return statistics.median(sum(taken.values()) - taken["data"] for taken in self.taken[1:])
 
 
-def operator_seconds(form: Form, batch: Batch) -> dict[str, float]:
+def operator_seconds(form: Form, batch: Batch, number: int) -> dict[str, float]:
     """Of one more step: seconds inside each of our operators, forward and backward."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        form.step(batch, len(form.losses), 0.0)
+        form.step(batch, number, 0.0)
     form.losses.pop()
     form.taken.pop()
     return {
@@ -179,11 +195,13 @@ def measure(
     store, cases, _, _ = open_cases(config)
     device_id = place.device.index if place.on_gpu else None
     loader = {"threads": config.loader.threads, "prefetch": config.loader.prefetch, "device_id": device_id}
-    options: dict[str, Any] = {"seed": config.seed, "global_batch": config.train.global_batch, **loader}
+    first = method.schedule.moments[-1].first
+    batch_size = method.schedule.batch(first, config.train.global_batch)
+    options: dict[str, Any] = {"seed": config.seed, "global_batch": batch_size, "start_step": first, **loader}
     options["sampling"] = config.sampling
     with ViewPipeline(store, cases, method.views, **options) as views:
         batches = iter(views)
-        for number in range(steps + 1):
+        for number in range(first, first + steps + 1):
             for turn, form in enumerate(forms):
                 began = time.perf_counter()
                 if turn == 0:
@@ -192,14 +210,14 @@ def measure(
                 form.step(batch, number, waited)
     losses = zip(forms[0].losses, forms[-1].losses, strict=True)
     difference = max(abs(a - b) / abs(b) for a, b in losses)
-    inside = {} if place.on_gpu or len(forms) == 1 else operator_seconds(forms[0], batch)
+    inside = {} if place.on_gpu or len(forms) == 1 else operator_seconds(forms[0], batch, number + 1)
     return forms, inside, difference
 
 
 def report(forms: list[Form], inside: dict[str, float], difference: float) -> str:
     ours, other = forms
     rows = [f"{'':<22}" + "".join(f"{form.name:>14}" for form in forms) + f"{'ratio':>10}"]
-    for part in PARTS:
+    for part in ours.parts:
         one, two = ours.median(part), other.median(part)
         rows.append(f"{part:<22}{one:>12.3f} s{two:>12.3f} s" + (f"{two / one:>9.2f}x" if one > 1e-6 else ""))
     one, two = ours.whole(), other.whole()
@@ -229,13 +247,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     about = machine(place)
-    print(about["device"], config.recipe, "batch", config.train.global_batch, "crop", list(config.views.crop))
+    schedule = forms[0].method.schedule
+    batch = schedule.batch(schedule.steps, config.train.global_batch)
+    print(about["device"], config.recipe, "batch", batch, "crop", list(config.views.crop))
     print(report(forms, inside, difference))
     if chosen.output:
-        shape = {"batch": config.train.global_batch, "crop": list(config.views.crop)}
+        shape = {"batch": batch, "crop": list(config.views.crop)}
         lines = [
             {**about, "op": f"step of {config.recipe}", "shape": shape, "provider": form.name, "steps": chosen.steps,
-             "median_s": form.whole(), "parts_s": {part: form.median(part) for part in PARTS},
+             "median_s": form.whole(), "parts_s": {part: form.median(part) for part in form.parts},
              "loss_difference": difference, **({"operators_s": inside} if form is forms[0] else {})}
             for form in forms
         ]  # fmt: skip

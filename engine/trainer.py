@@ -61,11 +61,12 @@ class Trainer:
         self.description = description
         self.run = Path(config.output)
         self.average: dict[str, Tensor] = {}
+        self.resumed_at = 0
         self.loaded: list[str] = []  # transferable tensors that a stage took from a weights file
         self.signal = StopSignal()
 
     def train(self) -> None:
-        start = self._resume()
+        start = self.resumed_at = self._resume()
         steps = self.config.train.steps
         if start == steps:
             self.ranks.on_first(lambda: self._save_weights(start))
@@ -93,7 +94,7 @@ class Trainer:
         with self._pipeline(self.cases, start, "train", self.config.train.accumulation, global_batch) as views:
             for step in range(start, moment.last):
                 began = time.perf_counter()
-                batches = self._next(views, step, start)
+                batches = self._next(views, step)
                 waited = time.perf_counter() - began
                 numbers, stop = self._step(batches, step, moment)
                 seconds = time.perf_counter() - began
@@ -159,13 +160,13 @@ class Trainer:
         warning = self.method.warning(step, numbers)
         return words | {"warning": warning} if warning else words
 
-    def _next(self, views: Iterator[list[Batch]], step: int, start: int) -> list[Batch]:
+    def _next(self, views: Iterator[list[Batch]], step: int) -> list[Batch]:
         try:
             return next(views)
         except UserError:
             # A volume that cannot be read any more must not cost the steps since the last checkpoint. Several ranks
             # cannot save here: the others are on their way into the step.
-            if self.ranks.size == 1 and step > start:
+            if self.ranks.size == 1 and step > self.resumed_at:
                 self._save(step)
             raise
 

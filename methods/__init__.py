@@ -5,10 +5,14 @@ from typing import Any
 
 from .backbone import Backbone, BackboneConfig, build_network, transferable_state
 from .cover import Cover
+from .jcl import JCL
 from .method import Batch, Method
+from .pcl import PCL
+from .pcrl import Pcrl
+from .pcrlv2 import PcrlV2
 from .views import AffineRanges, AppearanceRanges, View, ViewSpec
 
-METHODS: dict[str, Any] = {"cover": Cover}
+METHODS: dict[str, Any] = {"cover": Cover, "jcl": JCL, "pcl": PCL, "pcrl": Pcrl, "pcrlv2": PcrlV2}
 
 
 def recipe_names() -> list[str]:
@@ -18,7 +22,9 @@ def recipe_names() -> list[str]:
 
 
 __all__ = [
+    "JCL",
     "METHODS",
+    "PCL",
     "AffineRanges",
     "AppearanceRanges",
     "Backbone",

@@ -24,8 +24,9 @@ Departures from the official code, with reasons:
 - Channel c of a head belongs to unit c // unit_channels; the official code interleaves, which is a renaming.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from ..kernels import pyramid_reach, vector_pyramid, vector_regression_loss, warped_cosine_loss
 from .backbone import Backbone, BackboneConfig
 from .method import Batch, Method
+from .parts.monitors import REMEDY, CollapseWatch, EmbeddingMonitor
 from .views import AffineRanges, AppearanceRanges, View, ViewSpec
 
 
@@ -120,6 +122,8 @@ class Cover(Method):
         self.projections = nn.ModuleList(Projection(*each) for each in widths)
         self.heads = nn.ModuleList(UnitNorm(*each) for each in widths)
         self.reach = pyramid_reach(config.radius, backbone.levels)
+        self.embeddings = EmbeddingMonitor(channels[-1])
+        self.watch = CollapseWatch(REMEDY)
         self.views = ViewSpec(
             crop=tuple(views.crop),
             views={"moving": View(appearance=views.appearance), "fixed": View(affine=views.affine, displacement=True)},
@@ -130,11 +134,18 @@ class Cover(Method):
         displacement, mask = batch["displacement"], batch["mask"]
         share = batch.get("share", {}).get("valid_voxels", 1.0)
         self._monitor(predicted, displacement, mask, share)
+        self._watch_over(fixed_features)
         losses = {
             "vector": vector_regression_loss(predicted, displacement, mask),
             "consistency": warped_cosine_loss(fixed_features, moving_features, displacement, mask),
         }
         return {name: weight * share * losses[name] for name, weight in self.weights(step).items()}
+
+    def after_step(self, step: int) -> None:
+        self.embeddings.update(step, self.group)
+
+    def warning(self, step: int, numbers: Mapping[str, float]) -> str | None:
+        return self.watch.see(step, numbers)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return {"valid_voxels": batch["mask"].sum(dtype=torch.float64)}
@@ -201,3 +212,10 @@ class Cover(Method):
             "unreachable_fraction": mean(self._far(displacement)),
             "valid_fraction": mask.mean(),
         }
+
+    @torch.no_grad()
+    def _watch_over(self, features: Tensor) -> None:
+        """The features of the voxels a quarter of the view from its sides, 2^D of them."""
+        corners = itertools.product(*((size // 4, size - 1 - size // 4) for size in features.shape[2:]))
+        self.embeddings.see(torch.stack([features[(..., *corner)] for corner in corners], dim=1).flatten(0, 1))
+        self.monitors |= self.embeddings.numbers()

@@ -1,5 +1,6 @@
 """Whether a training collapses: the spread of its embeddings, and its loss against that of identical embeddings."""
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from .feature_bank import FeatureBank
 
+REMEDY = "lower optimizer.learning_rate to a tenth (of sgd: 0.01 or less), or raise schedule.warmup_steps (200 or more)"
 WINDOW = 128  # embeddings looked at: a batch of volumes is too small to say anything
 EVERY = 10  # steps between two looks
 
@@ -38,13 +40,13 @@ class EmbeddingMonitor(nn.Module):
     """
 
     seen: Tensor  # (1,) int64
-    latest: Tensor  # (2,) float64, NaN until there are any: part of the checkpoint as the window is
+    latest: Tensor  # (2,) float64, std and rank; rank 0 until there are any: in the checkpoint, as the window is
 
     def __init__(self, channels: int, window: int = WINDOW) -> None:
         super().__init__()
         self.window = FeatureBank(window, channels)
         self.register_buffer("seen", torch.zeros(1, dtype=torch.int64))
-        self.register_buffer("latest", torch.full((2,), torch.nan, dtype=torch.float64))
+        self.register_buffer("latest", torch.zeros(2, dtype=torch.float64))
 
     def see(self, embeddings: Tensor) -> None:
         """(b, C) of one forward."""
@@ -59,7 +61,8 @@ class EmbeddingMonitor(nn.Module):
             self.latest.copy_(torch.stack([embedding_std(vectors), effective_rank(vectors)]))
 
     def numbers(self) -> dict[str, Tensor]:
-        if bool(self.latest[0].isnan()):
+        """Nothing outside training: what is seen there is no part of the window."""
+        if not self.training or self.latest[1] == 0:
             return {}
         return {"embedding_std": self.latest[0].clone(), "effective_rank": self.latest[1].clone()}
 
@@ -68,10 +71,12 @@ class CollapseWatch:
     """Notices that all embeddings become one.
 
     A step looks collapsed where the embeddings hardly spread, or where the loss is what identical embeddings have.
-    Every network begins near there, so that only a run of such steps counts that ends behind the first ones.
+    Every network begins near there, so that only a run of such steps counts that ends behind the first ones, and none
+    while the learning rate rises.
 
     Args:
         remedy: what to lower.
+        prefix: of the numbers' names, for a method with embeddings of several kinds.
     """
 
     PATIENCE = 20  # steps in a row
@@ -80,20 +85,30 @@ class CollapseWatch:
     SPREAD = 0.05  # embedding_std below this
     NEAR = 0.005  # of the loss to that of identical embeddings, relative
 
-    def __init__(self, remedy: str) -> None:
+    def __init__(self, remedy: str, prefix: str = "") -> None:
         self.remedy = remedy
+        self.prefix = prefix
         self._recent: deque[bool] = deque(maxlen=self.PATIENCE)
         self._warned = -self.AGAIN
+        self._rate = math.inf
 
     def see(self, step: int, numbers: Mapping[str, float]) -> str | None:
-        """A warning, or nothing. `numbers` may hold monitor/embedding_std and monitor/loss_over_collapse."""
-        spread, ratio = numbers.get("monitor/embedding_std"), numbers.get("monitor/loss_over_collapse")
+        """A warning, or nothing.
+
+        `numbers` may hold monitor/embedding_std, monitor/loss_over_collapse and learning_rate.
+        """
+        spread, ratio = (
+            numbers.get(f"monitor/{self.prefix}{name}") for name in ("embedding_std", "loss_over_collapse")
+        )
         flat = spread is not None and spread < self.SPREAD
         equal = ratio is not None and abs(ratio - 1) < self.NEAR
-        self._recent.append(flat or equal)
+        rate = numbers.get("learning_rate", self._rate)
+        rising, self._rate = rate > self._rate, rate
+        self._recent.append((flat or equal) and not rising)
         if step < self.GRACE or step - self._warned < self.AGAIN or sum(self._recent) < self.PATIENCE:
             return None
         self._warned = step
         found = [f"embedding std {spread:.3g} of 1"] if flat else []
         found += [f"loss {ratio:.4f} times that of identical embeddings"] if equal else []
-        return f"the embeddings have collapsed ({', '.join(found)}); {self.remedy}"
+        kind = self.prefix.replace("_", " ")
+        return f"the {kind}embeddings have collapsed ({', '.join(found)}); {self.remedy}"

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from voxtrast import kernels
 from voxtrast.benchmarks import train
-from voxtrast.methods import cover
+from voxtrast.methods import METHODS, cover
 
 SMALL = [
     "cover-tiny",
@@ -23,7 +24,7 @@ def test_both_forms_learn_the_same_and_every_part_takes_time(tiny_store: Path, t
     words = [*SMALL, f"data={tiny_store}", "--steps", "3", "--device", "cpu", "--output", str(tmp_path / "here.jsonl")]
     assert train.main(words) == 0
     said = capsys.readouterr().out
-    assert all(part in said for part in train.PARTS)
+    assert all((part in said) == (part != "adversary") for part in train.PARTS)
     ours, references = (json.loads(line) for line in (tmp_path / "here.jsonl").read_text().splitlines())
     assert ours["provider"] == "ours"
     assert ours["op"] == "step of cover-tiny"
@@ -33,6 +34,59 @@ def test_both_forms_learn_the_same_and_every_part_takes_time(tiny_store: Path, t
         assert all(seconds > 0 for seconds in parts.values())
         assert sum(parts.values()) == pytest.approx(line["median_s"], rel=0.5)
     assert {"local_correlation", "warp_backward"} <= set(ours["operators_s"])
+
+
+def test_a_step_of_the_last_stage_is_told_apart_for_any_method(tiny_store: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "engine"))
+    from stand_in import STAGES, StandIn, recipe
+
+    monkeypatch.setitem(METHODS, "stand_in", StandIn)
+    output = tmp_path / "here.jsonl"
+    words = [str(recipe(tmp_path, STAGES)), f"data={tiny_store}", "backbone.features=[8,16,16]"]
+    assert train.main([*words, "--steps", "2", "--device", "cpu", "--output", str(output)]) == 0
+    ours = json.loads(output.read_text().splitlines()[0])
+    assert set(ours["parts_s"]) == set(train.PARTS)
+    assert all(seconds > 0 for name, seconds in ours["parts_s"].items() if name != "data")
+    assert ours["shape"]["batch"] == 4
+
+
+def test_time_goes_to_the_part_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    class Slow(torch.autograd.Function):
+        """Doubles, in so many seconds forward and backward."""
+
+        @staticmethod
+        def forward(ctx, image, forward_s, backward_s):
+            now[0] += forward_s
+            ctx.backward_s = backward_s
+            return image * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            now[0] += ctx.backward_s
+            return gradient * 2, None, None
+
+    monkeypatch.setattr(train.Clock, "_now", lambda self: now[0])
+    backbone = SimpleNamespace(
+        encode=lambda image: [Slow.apply(image, 1.0, 2.0)], decode=lambda maps: [Slow.apply(maps[0], 4.0, 8.0)]
+    )
+    clock = train.Clock(SimpleNamespace(on_gpu=False))
+    train.watch(SimpleNamespace(backbone=backbone), clock)
+    clock.start("losses forward")
+    maps = backbone.encode(torch.ones(1, requires_grad=True))
+    [fine] = backbone.decode(maps)
+    [again] = backbone.encode(torch.ones(1, requires_grad=True))
+    loss = Slow.apply(fine + again, 16.0, 32.0).sum()
+    clock.enter("losses backward")
+    loss.backward()
+    clock.enter("optimizer")
+    now[0] += 64.0
+    clock.enter(None)
+    assert clock.seconds == {
+        "data": 0, "encoder forward": 2, "decoder forward": 4, "losses forward": 16, "losses backward": 32,
+        "decoder backward": 8, "encoder backward": 4, "optimizer": 64, "adversary": 0,
+    }  # fmt: skip
 
 
 def test_the_references_stand_in_for_the_operators_and_leave_again() -> None:

@@ -30,6 +30,7 @@ class StandInConfig:
     adversarial_weight: float = 0.0
     bank: int = 10
     momentum: float = 0.9
+    adversary: str = "least_squares"
     batch_norm: bool = False
     least_batch: int = 1
     decoder: str = "trained"  # frozen: no block of it is ever trained
@@ -98,7 +99,7 @@ class StandIn(Method):
 
     @torch.no_grad()
     def exchange(self, batches: list[Batch], step: int) -> None:
-        everywhere = gather_parts([batch["one"].mean((1, 2, 3, 4)) for batch in batches], self.group)
+        everywhere = gather_parts([batch["one"].flatten(1).mean(1) for batch in batches], self.group)
         for batch in batches:
             batch["mean"] = everywhere.mean()
 

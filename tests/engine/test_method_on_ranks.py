@@ -21,7 +21,9 @@ from voxtrast.engine.runs import build_method
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [("deepspeed.zero_stage=0", "train.accumulation=2"), ("deepspeed.zero_stage=1",)])
+@pytest.mark.parametrize(
+    "words", [("deepspeed.zero_stage=0", "train.accumulation=2"), ("deepspeed.zero_stage=1", "train.ema_decay=0.5")]
+)
 def test_two_ranks_and_their_micro_batches_give_bank_twin_critic_and_losses_of_one_process(
     words: tuple[str, ...], stand_in: None, tiny_store: Path, tmp_path: Path
 ) -> None:

@@ -149,6 +149,26 @@ def test_two_dimensions() -> None:
     assert method.inspect(batch)["displacement"].shape == (2, 2, 16, 24)
 
 
+def test_the_spread_of_the_voxel_features_is_watched_and_a_collapse_warned_of() -> None:
+    method = small_cover()
+    with torch.no_grad():
+        for step in range(12):
+            method(small_batch(seed=step), step)
+            method.after_step(step)
+        assert method.embeddings.seen.item() == 12 * 2 * 8
+        assert 0.1 < method.monitors["embedding_std"].item() < 1
+        assert 1 < method.monitors["effective_rank"].item() <= 8
+        kept = method.embeddings.window.vectors.clone()
+        method.eval()
+        method(small_batch(), 12)
+        method.after_step(12)
+        assert torch.equal(method.embeddings.window.vectors, kept)
+        assert "embedding_std" not in method.monitors
+    found = [line for step in range(100) if (line := method.warning(step, {"monitor/embedding_std": 0.001}))]
+    assert len(found) == 1
+    assert "optimizer.learning_rate" in found[0]
+
+
 @pytest.mark.parametrize(
     ("architecture", "features", "crop"),
     [

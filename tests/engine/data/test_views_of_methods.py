@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 from plan_samples import make_case
 
 from voxtrast.engine.config import load_config
 from voxtrast.engine.data.planner import Plan, Planner
-from voxtrast.methods import METHODS
+from voxtrast.methods import METHODS, recipe_names
 from voxtrast.methods.views import ViewSpec
 
 PCRL_3D = """
@@ -123,39 +124,24 @@ views:
   x2: *view
 """
 
-PCL = """
-crop: [352, 352]
-views:
-  x1: &view
-    box: {sides: [[352, 352]]}
-    affine: {rotation_degrees: 180, scale: [0.7, 1.3], translation_voxels: 0, probability: 0.67}
-    # a Gaussian of 15.5 voxels moves neighbours alike over as many voxels as these control points are apart
-    elastic: {spacing_voxels: 28, magnitude_voxels: [3.2, 13], probability: 0.67}
-    flips: [0.5, 0.5]
-  x2: *view
-"""
+CHEST, SLICES, THORAX, HIPPOCAMPUS = (1, 600, 560), (40, 512, 500), (150, 220, 220), (24, 33, 23)
 
-MACL = """
-crop: [512, 512]
-views:
-  i1: {}
-  i2: {size: [128, 128]}
-  v1: &spatial
-    affine: {rotation_degrees: 180, scale: [0.7, 1.3], translation_voxels: 0, probability: 0.67}
-    elastic: {spacing_voxels: 28, magnitude_voxels: [3.2, 13], probability: 0.67}
-    flips: [0.5, 0.5]
-  v2:
-    <<: *spatial
-    size: [128, 128]
-    elastic: {spacing_voxels: 7, magnitude_voxels: [0.8, 3.25], probability: 0.67}
-"""
 
-CHEST, SLICES, THORAX = (1, 600, 560), (40, 512, 500), (150, 220, 220)
+def spec_of(recipe: str) -> ViewSpec:
+    config = load_config(recipe)
+    with torch.device("meta"):
+        spec = METHODS[config.method.name](config.method, config.backbone, config.views).views
+    assert isinstance(spec, ViewSpec)
+    return spec
 
 
 def planned(text: str, shape: tuple[int, int, int], count: int = 40) -> list[Plan]:
-    spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ViewSpec), OmegaConf.create(text)))
-    assert isinstance(spec, ViewSpec)
+    """Of a recipe by its name, or of a specification as YAML."""
+    if text in recipe_names():
+        spec = spec_of(text)
+    else:
+        spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ViewSpec), OmegaConf.create(text)))
+        assert isinstance(spec, ViewSpec)
     planner = Planner([make_case("a", shape)], spec, 0, global_batch=1)
     return [planner.plan(step, 0) for step in range(count)]
 
@@ -181,10 +167,31 @@ def sizes(plan: Plan) -> dict[str, tuple[int, ...]]:
         ),
         (DIRA_2D, CHEST, dict.fromkeys(("x1", "x2"), (1, 224, 224))),
         (DIRA_3D, THORAX, dict.fromkeys(("x1", "x2"), (32, 64, 64))),
-        (PCL, SLICES, dict.fromkeys(("x1", "x2"), (1, 352, 352))),
-        (MACL, SLICES, dict.fromkeys(("i1", "v1"), (1, 512, 512)) | dict.fromkeys(("i2", "v2"), (1, 128, 128))),
+        ("pcl-2d-paper", SLICES, dict.fromkeys(("x1", "x2"), (1, 512, 512))),
+        ("pcl-3d", THORAX, dict.fromkeys(("x1", "x2"), (16, 128, 128))),
+        ("pcl-tiny", HIPPOCAMPUS, dict.fromkeys(("x1", "x2"), (8, 32, 24))),
+        (
+            "jcl-2d-paper",
+            SLICES,
+            dict.fromkeys(("i1", "v1"), (1, 512, 512)) | dict.fromkeys(("i2", "v2"), (1, 128, 128)),
+        ),
+        ("jcl-3d", THORAX, dict.fromkeys(("i1", "v1"), (32, 96, 96)) | dict.fromkeys(("i2", "v2"), (8, 24, 24))),
+        ("jcl-tiny", HIPPOCAMPUS, dict.fromkeys(("i1", "v1"), (8, 32, 24)) | dict.fromkeys(("i2", "v2"), (4, 16, 12))),
     ],
-    ids=["pcrl-3d", "pcrl-2d", "pcrlv2-3d", "pcrlv2-2d", "dira-2d", "dira-3d", "pcl", "macl"],
+    ids=[
+        "pcrl-3d",
+        "pcrl-2d",
+        "pcrlv2-3d",
+        "pcrlv2-2d",
+        "dira-2d",
+        "dira-3d",
+        "pcl-2d-paper",
+        "pcl-3d",
+        "pcl-tiny",
+        "jcl-2d-paper",
+        "jcl-3d",
+        "jcl-tiny",
+    ],
 )
 def test_the_views_of_a_method_can_be_planned(
     text: str, shape: tuple[int, int, int], expected: dict[str, tuple[int, ...]]
@@ -226,6 +233,37 @@ def test_pcrl_paints_both_views_the_same_way() -> None:
     assert {kind for plan in found for kind in painted(plan, "x1")} == {"in_paint", "out_paint"}
 
 
-def test_slices_of_the_positional_methods_know_where_they_are() -> None:
-    for plan in planned(MACL, SLICES):
+@pytest.mark.parametrize("recipe", ["pcl-2d-paper", "jcl-2d-paper"])
+def test_slices_of_the_positional_methods_know_where_they_are(recipe: str) -> None:
+    for plan in planned(recipe, SLICES):
         assert {view.box.lower[0] for view in plan.views.values()} == {round(plan.position * 39)}
+
+
+@pytest.mark.parametrize("recipe", ["pcl-3d", "jcl-3d"])
+def test_all_views_of_a_slab_show_the_same_place_of_the_first_axis(recipe: str) -> None:
+    """But for what the affine and the deformation move; the position is that of the slab."""
+    for plan in planned(recipe, THORAX):
+        assert {(view.box.lower[0], view.box.upper[0]) for view in plan.views.values()} == {
+            (plan.crop.lower[0], plan.crop.upper[0])
+        }
+        assert not any(view.flips[0] for view in plan.views.values())
+    assert len({plan.origin[0] for plan in planned(recipe, THORAX)}) > 10
+
+
+def test_the_two_views_of_a_slice_are_cropped_and_transformed_independently() -> None:
+    plans = planned("pcl-2d-paper", (40, 700, 700))
+    assert np.mean([plan.views["x1"].box.lower != plan.views["x2"].box.lower for plan in plans]) > 0.9
+    deformed = [bool(np.any(view.control_points)) for plan in plans for view in plan.views.values()]
+    assert 0.5 < np.mean(deformed) < 0.85  # 0.67
+
+
+def test_the_small_views_of_jcl_show_what_the_large_ones_show() -> None:
+    for plan in planned("jcl-3d", THORAX, 10):
+        large, small = plan.views["i1"], plan.views["i2"]
+        assert large.box == small.box
+        # Centres of voxels: 4 p + 1.5 of the large view is p of the small one.
+        index = np.array([1, 5, 7])
+        np.testing.assert_allclose(small.to_volume @ [*index, 1], large.to_volume @ [*(4 * index + 1.5), 1], atol=1e-9)
+        for view in (large, small):
+            assert not view.steps
+            assert not np.any(view.control_points)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from stand_in import STAGES, Critic, Run, recipe
 
 from voxtrast.engine.checkpoint import load_checkpoint
 from voxtrast.engine.config import differences, load_config, read_config
+from voxtrast.engine.data.pipeline import ViewPipeline
 from voxtrast.engine.data.store import file_sha256
 from voxtrast.engine.deepspeed import deepspeed_json
 from voxtrast.engine.errors import UserError
@@ -46,6 +48,7 @@ def test_a_resume_in_any_stage_or_on_a_boundary_equals_the_uninterrupted_run(
         ("deepspeed.zero_stage=0",),
         ("deepspeed.zero_stage=1",),
         ("deepspeed.zero_stage=1", "optimizer.name=sgd", "train.accumulation=2"),
+        pytest.param(("backbone.dimensions=2", "views.crop=[16,16]"), marks=pytest.mark.slow),
         pytest.param(("optimizer.name=sgd", "train.accumulation=4"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
@@ -211,6 +214,30 @@ def test_a_checkpoint_of_the_first_format_is_read(run: Run) -> None:
     path.with_suffix(".json").write_text(json.dumps(description | {"sha256": file_sha256(path)}))
     state = load_checkpoint(path)
     assert (state.step, state.adversary, state.loaded) == (2, {}, [])
+
+
+def test_a_volume_lost_at_a_boundary_costs_no_step(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ordinary = ViewPipeline.__next__
+
+    def lost(views: ViewPipeline) -> Any:
+        if views.split == "train" and views._step == 2 and not lost_once:
+            lost_once.append(2)
+            raise UserError("volume lost")
+        return ordinary(views)
+
+    lost_once: list[int] = []
+    monkeypatch.setattr(ViewPipeline, "__next__", lost)
+    with pytest.raises(UserError, match="volume lost"):
+        run("run", "checkpoint.every=100", stages=STAGES)
+    assert [file.name for file in (tmp_path / "run" / "checkpoints").glob("*.pt")] == ["step-00000002.pt"]
+    run("run", "checkpoint.every=100", stages=STAGES)
+    assert_same_bits(state_of(tmp_path / "run"), state_of(run("whole", stages=STAGES)))
+
+
+def test_the_gradient_penalty_is_refused_under_more_than_zero_1(stand_in: None, tmp_path: Path) -> None:
+    words = ["method.adversary=wgan_gp", "deepspeed.zero_stage=2"]
+    with pytest.raises(UserError, match=r"method\.adversary: .* of wgan_gp needs .* deepspeed\.zero_stage to 0 or 1"):
+        load_config(str(recipe(tmp_path)), words)
 
 
 def test_a_warning_is_said_and_stands_in_its_line(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,67 @@
+"""Batch norm of vectors over the whole batch, on however many ranks it is."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .across_ranks import rank_and_size, sum_over_ranks
+
+EPSILON = 1e-5
+MOMENTUM = 0.1
+
+
+class GlobalBatchNorm(nn.Module):
+    """What `nn.BatchNorm1d` computes of the batch of all ranks; works with gloo and NCCL. float32 at least.
+
+    No subclass of torch's batch norms: those are exchanged or refused where there are several ranks. The ranks hold
+    equally many samples. Micro-batches know nothing of each other: a method refuses them.
+    """
+
+    running_mean: Tensor  # (C,)
+    running_var: Tensor  # (C,)
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, vectors: Tensor, group: Any = None) -> Tensor:
+        """(b, C) of this rank -> (b, C); collective over `group` in training."""
+        vectors = vectors.to(torch.promote_types(vectors.dtype, self.running_mean.dtype))
+        if not self.training:
+            return self.frozen(vectors)
+        count = len(vectors) * rank_and_size(group)[1]
+        if count < 2:
+            raise ValueError(
+                "train.global_batch: batch norm needs at least 2 samples to compare, got 1; take 2 or more"
+            )
+        mean = sum_over_ranks(vectors.sum(0), group) / count
+        variance = sum_over_ranks((vectors - mean).square().sum(0), group) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, MOMENTUM)
+            self.running_var.lerp_(variance * (count / (count - 1)), MOMENTUM)
+        return self._scaled(vectors, mean, variance)
+
+    def frozen(self, vectors: Tensor) -> Tensor:
+        """With the running statistics, as outside training."""
+        return self._scaled(vectors, self.running_mean, self.running_var)
+
+    def _scaled(self, vectors: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        return (vectors - mean) * (variance + EPSILON).rsqrt() * self.weight + self.bias
+
+
+class Predictor(nn.Module):
+    """Linear, batch norm, ReLU, Linear: the prediction head of SimSiam."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(channels, hidden, bias=False)  # a bias before a batch norm changes nothing
+        self.norm = GlobalBatchNorm(hidden)
+        self.second = nn.Linear(hidden, channels)
+
+    def forward(self, vectors: Tensor, group: Any = None) -> Tensor:
+        predicted: Tensor = self.second(torch.relu(self.norm(self.first(vectors), group)))
+        return predicted
