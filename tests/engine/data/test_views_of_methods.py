@@ -7,88 +7,9 @@ from plan_samples import make_case
 
 from voxtrast.engine.config import load_config
 from voxtrast.engine.data.planner import Plan, Planner
-from voxtrast.methods import METHODS
+from voxtrast.engine.runs import build_method
+from voxtrast.methods import METHODS, recipe_names
 from voxtrast.methods.views import ViewSpec
-
-PCRL_3D = """
-crop: [32, 64, 64]
-views:
-  x1: &view             # the view is y = A_t(x): the method turns it back by the code, flips and quarter turns
-    box: &sides {sides: [[32, 64, 64], [48, 96, 96], [96, 96, 96], [16, 32, 32], [64, 112, 112]]}
-    affine: {rotation_degrees: 10, scale: [0.9, 1.1], translation_voxels: 0}
-    flips: [0.5, 0.5, 0.5]
-    quarter_turns: true
-    clean: true
-    appearance:
-      order: [blur, pixel_shuffle, out_paint|in_paint]
-      same_choice: true
-      blur: {sigma_voxels: [0, 2]}
-      pixel_shuffle: {count: 10000, side: [0, 0.1], probability: 0.5}
-      out_paint: {count: 5, side: [0.4286, 0.5714], probability: 0.72}
-      in_paint: {count: 5, side: [0.1667, 0.3333], probability: 0.18}
-  x2:
-    <<: *view
-    box: {<<: *sides, iou_with: x1, iou: [0.25, 1]}
-"""
-
-PCRL_2D = """
-crop: [224, 224]
-views:
-  x1: &view
-    box: {scale: [0.2, 1], aspect: [0.75, 1.3333]}
-    affine: {rotation_degrees: 10, scale: [1, 1], translation_voxels: 0}
-    flips: [0, 0.5]
-    quarter_turns: true
-    clean: true
-    appearance:
-      order: [blur, brightness, contrast, cut_out]
-      blur: {sigma_voxels: [0.1, 2], probability: 0.5}
-      brightness: {std: 0, shift: [-0.4, 0.4]}
-      contrast: {factor: [0.6, 1.4]}
-      cut_out: {count: 3, least: 3, side_voxels: [[32, 32], [32, 32]]}
-  x2: *view
-"""
-
-PCRLV2_3D = """
-crop: [32, 64, 64]
-views:
-  x1: &global
-    box: &sides {sides: [[32, 64, 64], [48, 96, 96], [96, 96, 96], [16, 32, 32], [64, 112, 112]]}
-    flips: [0.5, 0.5, 0.5]
-    clean: true
-    appearance: &appearance
-      order: [blur, noise, gamma, patch_swap]
-      patch_swap: {count: 1, side_voxels: [[4, 4], [4, 4], [8, 8]]}
-  x2:
-    <<: *global
-    box: {<<: *sides, iou_with: x1, iou: [0.3, 1]}
-  local1: &local
-    size: [16, 16, 16]
-    box: {sides: [[16, 32, 32], [16, 16, 16], [32, 32, 32], [8, 8, 8]], near: [x1, x2], margin_voxels: 3}
-    appearance: {<<: *appearance, order: [blur, noise, gamma]}
-  local2: *local
-  local3: *local
-  local4: *local
-  local5: *local
-  local6: *local
-"""
-
-PCRLV2_2D = """
-crop: [224, 224]
-views:
-  x1: &global
-    box: {scale: [0.3, 1], aspect: [0.75, 1.3333]}
-    flips: [0, 0.5]
-    clean: true
-    appearance: {order: [cut_out], cut_out: {count: 3, least: 3, side_voxels: [[32, 32], [32, 32]]}}
-  x2: *global
-  local1: &local
-    size: [96, 96]
-    box: {scale: [0.05, 0.3], aspect: [0.75, 1.3333]}
-    affine: {rotation_degrees: 10, scale: [1, 1], translation_voxels: 0}
-    flips: [0, 0.5]
-  local2: *local
-"""
 
 DIRA_2D = """
 crop: [224, 224]
@@ -153,9 +74,26 @@ views:
 CHEST, SLICES, THORAX = (1, 600, 560), (40, 512, 500), (150, 220, 220)
 
 
-def planned(text: str, shape: tuple[int, int, int], count: int = 40) -> list[Plan]:
-    spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ViewSpec), OmegaConf.create(text)))
+# The networks play no part in the views; these are built in no time.
+SMALL = {
+    2: ["backbone.architecture=plain_unet", "backbone.features=[8,8,8,8,8,8]"],
+    3: ["backbone.features=[8,8,8,8]"],
+}
+
+
+def spec_of(declared: str) -> ViewSpec:
+    """The views of a recipe, by its name, or those that are written out."""
+    if declared in recipe_names():
+        dimensions = load_config(declared).backbone.dimensions
+        config = load_config(declared, SMALL[dimensions])
+        return build_method(config).views
+    spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ViewSpec), OmegaConf.create(declared)))
     assert isinstance(spec, ViewSpec)
+    return spec
+
+
+def planned(declared: str, shape: tuple[int, int, int], count: int = 40) -> list[Plan]:
+    spec = spec_of(declared)
     planner = Planner([make_case("a", shape)], spec, 0, global_batch=1)
     return [planner.plan(step, 0) for step in range(count)]
 
@@ -165,19 +103,19 @@ def sizes(plan: Plan) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("text", "shape", "expected"),
+    ("declared", "shape", "expected"),
     [
-        (PCRL_3D, THORAX, dict.fromkeys(("x1", "x2"), (32, 64, 64))),
-        (PCRL_2D, CHEST, dict.fromkeys(("x1", "x2"), (1, 224, 224))),
+        ("pcrl-3d", THORAX, dict.fromkeys(("x1", "x2"), (32, 64, 64))),
+        ("pcrl-2d-paper", CHEST, dict.fromkeys(("x1", "x2"), (1, 224, 224))),
         (
-            PCRLV2_3D,
+            "pcrlv2-3d",
             THORAX,
             dict.fromkeys(("x1", "x2"), (32, 64, 64)) | {f"local{index}": (16, 16, 16) for index in range(1, 7)},
         ),
         (
-            PCRLV2_2D,
+            "pcrlv2-2d-paper",
             CHEST,
-            dict.fromkeys(("x1", "x2"), (1, 224, 224)) | dict.fromkeys(("local1", "local2"), (1, 96, 96)),
+            dict.fromkeys(("x1", "x2"), (1, 224, 224)) | {f"local{index}": (1, 96, 96) for index in range(1, 7)},
         ),
         (DIRA_2D, CHEST, dict.fromkeys(("x1", "x2"), (1, 224, 224))),
         (DIRA_3D, THORAX, dict.fromkeys(("x1", "x2"), (32, 64, 64))),
@@ -187,9 +125,9 @@ def sizes(plan: Plan) -> dict[str, tuple[int, ...]]:
     ids=["pcrl-3d", "pcrl-2d", "pcrlv2-3d", "pcrlv2-2d", "dira-2d", "dira-3d", "pcl", "macl"],
 )
 def test_the_views_of_a_method_can_be_planned(
-    text: str, shape: tuple[int, int, int], expected: dict[str, tuple[int, ...]]
+    declared: str, shape: tuple[int, int, int], expected: dict[str, tuple[int, ...]]
 ) -> None:
-    for plan in planned(text, shape):
+    for plan in planned(declared, shape):
         assert sizes(plan) == expected
         assert (np.array(plan.region.upper) > plan.region.lower).all()
 
@@ -219,7 +157,7 @@ def test_pcrl_paints_both_views_the_same_way() -> None:
     def painted(plan: Plan, name: str) -> list[str]:
         return [step.kind for step in plan.views[name].steps if "paint" in step.kind]
 
-    found = planned(PCRL_3D, THORAX, 60)
+    found = planned("pcrl-3d", THORAX, 60)
     # An in-painting without a box (5 %) is none.
     equal = [painted(plan, "x1") == painted(plan, "x2") for plan in found]
     assert np.mean(equal) > 0.9
