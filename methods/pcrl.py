@@ -106,7 +106,9 @@ class Pcrl(Method):
         self.register_buffer("normalizer", torch.zeros(1))
         self.standard = RunningStandard(channels)
         self.monitor = EmbeddingMonitor(config.embedding)
-        self.watch = CollapseWatch("lower optimizer.learning_rate, or raise schedule.warmup_steps or method.bank_size")
+        self.watch = CollapseWatch(
+            "lower optimizer.learning_rate" + ("" if config.standardise else ", or set method.standardise=true")
+        )
         self.views = ViewSpec(crop=tuple(views.crop), views={"x1": views.x1, "x2": views.x2})
 
     def check_training(self, global_batch: int, parts: int) -> None:
@@ -163,7 +165,8 @@ class Pcrl(Method):
         with torch.no_grad():
             second, mixed_second = self._encode(lambda x: self.backbone_twin(x, 0)[0], images[:, 1], mixed[:, 1])
 
-        losses = {}
+        losses: dict[str, Tensor] = {}
+        self.monitors = {}
         if "contrast" in weights:
             known, features = self._measured(), pooled(first[-1])
             statistics = self._statistics(batch, features, known)
