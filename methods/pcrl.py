@@ -23,6 +23,9 @@ Departures from the official code, with reasons:
   is the same however the batch is cut.
 - The normaliser is measured over the whole first batch, is part of the checkpoint, and has no gradient.
 - Images are restored without a sigmoid, also in 3-D: a store holds z-scores (MR) or HU / 1000 (CT), not [0, 1].
+- `standardise` (off as published) takes from the pooled bottleneck what all images have in common. Without it the
+  embeddings of a fresh network are almost one (cosine 0.9997 with instance norm, 0.997 with group norm), the bank fills
+  with copies of one key, and a fixed normaliser, unlike a softmax, pushes against what is common first of all.
 - The gate multiplies the channels of the bottleneck, as the code; the paper's text has an outer product.
 - No shuffling of the keys' batch: it is there for the batch norm of several GPUs. With instance or group norm no sample
   knows of another; batch norm sees the whole batch, which order does not change.
@@ -45,6 +48,7 @@ from .parts.feature_bank import FeatureBank
 from .parts.heads import pooled, projector
 from .parts.momentum_twin import MomentumTwin
 from .parts.monitors import CollapseWatch, EmbeddingMonitor
+from .parts.standard import RunningStandard, Statistics, standardised
 from .views import View, ViewSpec
 
 TARGETS = ("augmented", "clean")
@@ -73,6 +77,7 @@ class PcrlConfig:
     gate_hidden: int = 256
     momentum: float = 0.999
     target: str = "augmented"  # of the conditioned branch: augmented | clean
+    standardise: bool = False  # pooled bottlenecks relative to those of the steps before; see above
 
 
 class Pcrl(Method):
@@ -98,8 +103,11 @@ class Pcrl(Method):
         self.projector_twin = MomentumTwin(self.projector, config.momentum)
         self.bank = FeatureBank(config.bank_size, config.embedding, "uniform")
         self.register_buffer("normalizer", torch.zeros(1))
+        self.standard = RunningStandard(channels)
         self.monitor = EmbeddingMonitor(config.embedding)
-        self.watch = CollapseWatch("lower optimizer.learning_rate, or raise schedule.warmup_steps or method.bank_size")
+        self.watch = CollapseWatch(
+            "lower optimizer.learning_rate" + ("" if config.standardise else ", or set method.standardise=true")
+        )
         self.views = ViewSpec(crop=tuple(views.crop), views={"x1": views.x1, "x2": views.x2})
 
     def check_training(self, global_batch: int, parts: int) -> None:
@@ -124,19 +132,26 @@ class Pcrl(Method):
         order = self._order(step, len(everything)).to(everything.device)
         for part, batch in enumerate(batches):
             batch["partners"] = own_part(everything[order], part, len(batches), self.group)
-        if "contrast" not in self.weights(step):
-            return
-        with torch.no_grad():
-            keys = [self._key(self.backbone_twin(each[:, 1], 0)[0]) for each in images]
-            every_key = gather_parts(keys, self.group)
-            for part, batch in enumerate(batches):
-                batch["partner_keys"] = own_part(every_key[order], part, len(batches), self.group)
-            if not self._measured():
-                queries = [self._query(self.backbone.encode(each[:, 0])) for each in images]
-                means = [self._mean_exponential(q, unit(k)) for q, k in zip(queries, keys, strict=True)]
-                found = self._measure(mean_over_ranks(torch.stack(means).mean(0), self.group))
-                for batch in batches:
-                    batch["normalizer"] = found
+        if "contrast" in self.weights(step):
+            self._exchange_keys(batches, images, order)
+
+    @torch.no_grad()
+    def _exchange_keys(self, batches: list[Batch], images: list[Tensor], order: Tensor) -> None:
+        known, measured = self._measured(), Batch()
+        first: list[Tensor] = []
+        if not known:
+            first = [pooled(self.backbone.encode(each[:, 0])[-1]) for each in images]
+            measured["statistics"] = self._statistics({}, gather_parts(first, self.group), known)
+        statistics = self._statistics(measured, self.standard.mean, known)
+        keys = [self._key(self.backbone_twin(each[:, 1], 0)[0], statistics) for each in images]
+        every_key = gather_parts(keys, self.group)
+        if not known:
+            queries = [self._query(features, statistics) for features in first]
+            means = [self._mean_exponential(q, unit(k)) for q, k in zip(queries, keys, strict=True)]
+            measured["normalizer"] = self._measure(mean_over_ranks(torch.stack(means).mean(0), self.group))
+        for part, batch in enumerate(batches):
+            batch["partner_keys"] = own_part(every_key[order], part, len(batches), self.group)
+            batch.update(measured)
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         weights = self.weights(step)
@@ -149,16 +164,20 @@ class Pcrl(Method):
         with torch.no_grad():
             second, mixed_second = self._encode(lambda x: self.backbone_twin(x, 0)[0], images[:, 1], mixed[:, 1])
 
-        losses = {}
+        losses: dict[str, Tensor] = {}
+        self.monitors = {}
         if "contrast" in weights:
-            q, q_mixed = self._query(first), self._query(mixed_first)
+            known, features = self._measured(), pooled(first[-1])
+            statistics = self._statistics(batch, features, known)
+            q, q_mixed = self._query(features, statistics), self._query(pooled(mixed_first[-1]), statistics)
             with torch.no_grad():
-                k_raw = self._key(second)
-                k, k_mixed = unit(k_raw), unit(self._key(mixed_second))
+                k_raw = self._key(second, statistics)
+                k, k_mixed = unit(k_raw), unit(self._key(mixed_second, statistics))
                 k_mix = unit(mix(share, k_raw, batch["partner_keys"] if "partner_keys" in batch else k_raw[order]))
-                normalizer = self._normalizer(batch, q, k)
+                normalizer = self._normalizer(batch, q, k, known)
             losses["contrast"] = self.contrast(q, k, q_mixed, k_mixed, k_mix, normalizer)
             self.bank.collect(k, k_mixed, k_mix)
+            self.standard.collect(features)
             self.monitor.see(q)
             ratio = losses["contrast"].detach() / collapsed_contrast(self.config.bank_size)
             self.monitors = self.monitor.numbers() | {"loss_over_collapse": ratio}
@@ -195,6 +214,7 @@ class Pcrl(Method):
         self.backbone_twin.update(self.backbone)
         self.projector_twin.update(self.projector)
         self.bank.push(self.group)
+        self.standard.update(self.group)
         self.monitor.update(step, self.group)
 
     def warning(self, step: int, numbers: Mapping[str, float]) -> str | None:
@@ -269,20 +289,29 @@ class Pcrl(Method):
         together = [torch.cat(level) for level in zip(*inputs, strict=True)]
         return self.restore(self.backbone.decode(together)[-1]).chunk(4)
 
-    def _query(self, maps: Maps) -> Tensor:
-        return unit(self.projector(pooled(maps[-1])))
+    def _query(self, features: Tensor, statistics: Statistics | None) -> Tensor:
+        return unit(self.projector(features if statistics is None else standardised(features, statistics)))
 
-    def _key(self, maps: Maps) -> Tensor:
+    def _key(self, maps: Maps, statistics: Statistics | None) -> Tensor:
         """k before it is made unit length."""
-        key: Tensor = self.projector_twin(pooled(maps[-1]))
+        features = pooled(maps[-1])
+        key: Tensor = self.projector_twin(features if statistics is None else standardised(features, statistics))
         return key
 
     def _measured(self) -> bool:
+        """Whether a first batch has fixed the normaliser and the first statistics."""
         return self.normalizer.item() > 0
 
-    def _normalizer(self, batch: Batch, q: Tensor, k: Tensor) -> Tensor:
+    def _statistics(self, batch: Batch, features: Tensor, known: bool) -> Statistics | None:
+        if not self.config.standardise:
+            return None
+        if known:
+            return self.standard.mean, self.standard.variance
+        return batch["statistics"] if "statistics" in batch else self.standard.measure(features)
+
+    def _normalizer(self, batch: Batch, q: Tensor, k: Tensor, known: bool) -> Tensor:
         """m0; that of this batch where none has been measured."""
-        if self._measured():
+        if known:
             return self.normalizer
         return batch["normalizer"] if "normalizer" in batch else self._measure(self._mean_exponential(q, k))
 
