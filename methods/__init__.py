@@ -5,10 +5,11 @@ from typing import Any
 
 from .backbone import Backbone, BackboneConfig, build_network, transferable_state
 from .cover import Cover
+from .dira import Dira
 from .method import Batch, Method
 from .views import AffineRanges, AppearanceRanges, View, ViewSpec
 
-METHODS: dict[str, Any] = {"cover": Cover}
+METHODS: dict[str, Any] = {"cover": Cover, "dira": Dira}
 
 
 def recipe_names() -> list[str]:
@@ -25,6 +26,7 @@ __all__ = [
     "BackboneConfig",
     "Batch",
     "Cover",
+    "Dira",
     "Method",
     "View",
     "ViewSpec",
