@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ..methods import METHODS, BackboneConfig, recipe_names
+from ..methods.stages import Stage
 from .data.sampling import Sampling
 from .errors import UserError
 from .weights import write_whole
@@ -67,6 +68,10 @@ class LoaderConfig:
     on_error: str = "substitute"
 
 
+def adversary_defaults() -> OptimizerConfig:
+    return OptimizerConfig(name="adam", learning_rate=2e-4, weight_decay=0.0, betas=[0.5, 0.999])
+
+
 @dataclass
 class DeepSpeedConfig:
     zero_stage: int = 0
@@ -88,6 +93,8 @@ class Config:
     views: Any = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    adversary_optimizer: OptimizerConfig = field(default_factory=adversary_defaults)
+    stages: list[Stage] = field(default_factory=list)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sampling: Sampling = field(default_factory=Sampling)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

@@ -34,6 +34,7 @@ def build_method(config: Config) -> Method:
     torch.manual_seed(config.seed)
     try:
         method: Method = METHODS[config.method.name](config.method, config.backbone, config.views)
+        method.set_stages(config.stages, config.train.steps)
     except ValueError as error:
         raise UserError(str(error)) from None
     method.seed = config.seed
