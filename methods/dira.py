@@ -78,6 +78,7 @@ class DiraConfig:
     hidden: int = 2048  # of the head
     outputs: int = 128  # of the head; published: 128 for moco, 2048 for simsiam, 8192 for barlow_twins
     predictor_hidden: int = 512  # of simsiam
+    standardise: bool = True  # of moco: pooled features before the head; see parts/running_standard.py
     critic_width: int = 64
     gradient_penalty: float = 100.0  # of wgan_gp
     discriminative_weight: float = 1.0
@@ -236,7 +237,8 @@ class Dira(Method):
         return self._output(self.backbone.decode(encoder_maps)[-1])
 
     def _output(self, features: Tensor) -> Tensor:
-        values: Tensor = self.restoration_head(features).float()
+        values: Tensor = self.restoration_head(features)
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
         return values.sigmoid() if self.config.output == "sigmoid" else values
 
     def _target(self, batch: Batch) -> Tensor:
@@ -269,8 +271,14 @@ def unflipped(image: Tensor, flips: Tensor) -> Tensor:
 def _discrimination(config: DiraConfig, backbone: Backbone) -> nn.Module:
     widths = (config.hidden, config.outputs)
     if config.discriminative == "moco":
-        options = {"bank": config.bank, "temperature": config.temperature, "momentum": config.momentum}
-        return MomentumContrast(backbone, *widths, **options)
+        return MomentumContrast(
+            backbone,
+            *widths,
+            bank=config.bank,
+            temperature=config.temperature,
+            momentum=config.momentum,
+            standardise=config.standardise,
+        )
     if config.discriminative == "simsiam":
         return SimSiam(backbone, *widths, predictor_hidden=config.predictor_hidden)
     return BarlowTwins(backbone, *widths, off_diagonal=config.barlow_lambda)

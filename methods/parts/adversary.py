@@ -80,8 +80,7 @@ class Adversary(nn.Module):
             fake: (B, 1, *S), without gradients.
             mixing: (B,) e of each sample; needed by wgan_gp.
         """
-        scores = self.critic(torch.cat((real, fake))).float()
-        of_real, of_fake = scores.chunk(2)
+        of_real, of_fake = self._scores(torch.cat((real, fake))).chunk(2)
         if self.form == "least_squares":
             losses = {"real": 0.5 * (of_real - 1).square().mean(), "fake": 0.5 * of_fake.square().mean()}
         elif self.form == "log":
@@ -97,20 +96,25 @@ class Adversary(nn.Module):
     def generator_loss(self, fake: Tensor) -> Tensor:
         """What whoever made `fake` minimises; the gradient flows to it alone, the critic is frozen meanwhile."""
         with frozen(self.critic):
-            scores: Tensor = self.critic(fake).float()
+            scores = self._scores(fake)
         if self.form == "least_squares":
             return (scores - 1).square().mean()
         if self.form == "log":
             return functional.softplus(-scores).mean()
         return -scores.mean()
 
+    def _scores(self, image: Tensor) -> Tensor:
+        """float32 at least."""
+        scores: Tensor = self.critic(image)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
     def _penalty(self, real: Tensor, fake: Tensor, mixing: Tensor) -> Tensor:
         share = mixing.to(real).view(-1, *[1] * (real.ndim - 1))
         with torch.enable_grad():
             between = (share * real + (1 - share) * fake).detach().requires_grad_()
-            scores = self.critic(between).float().flatten(1).mean(1)
-            (gradient,) = torch.autograd.grad(scores.sum(), between, create_graph=True)
-        return (1 - gradient.float().flatten(1).norm(dim=1)).square().mean()
+            total = self._scores(between).flatten(1).mean(1).sum()
+            (gradient,) = torch.autograd.grad(total, between, create_graph=True)
+        return (1 - gradient.flatten(1).norm(dim=1)).square().mean()
 
     @torch.no_grad()
     def _monitor(self, of_real: Tensor, of_fake: Tensor, losses: dict[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from .across_ranks import rank_and_size, sum_over_ranks
 from .feature_bank import FeatureBank
 from .heads import pooled, predictor, projector
 from .momentum_twin import MomentumTwin
+from .running_standard import RunningStandard
 
 Found = tuple[list[Tensor], Tensor, Tensor]  # maps, embeddings, loss
 _EPSILON = 1e-5  # of a variance, as in batch norm
@@ -30,14 +31,26 @@ class MomentumContrast(nn.Module):
         bank: K, the length of Q.
         temperature: T.
         momentum: of the twin.
+        standardise: the pooled features, see `RunningStandard`; not in the published head.
     """
 
     def __init__(
-        self, backbone: Backbone, hidden: int, outputs: int, *, bank: int, temperature: float, momentum: float
+        self,
+        backbone: Backbone,
+        hidden: int,
+        outputs: int,
+        *,
+        bank: int,
+        temperature: float,
+        momentum: float,
+        standardise: bool = False,
     ) -> None:
         super().__init__()
         self.temperature = temperature
-        self.head = projector(backbone.encoder_channels[-1], hidden, outputs)
+        channels = backbone.encoder_channels[-1]
+        self.head = projector(channels, hidden, outputs)
+        if standardise:
+            self.head.insert(0, RunningStandard(channels))
         self.key_backbone = MomentumTwin(backbone, momentum)
         self.key_head = MomentumTwin(self.head, momentum)
         self.bank = FeatureBank(bank, outputs, "sphere")
@@ -58,6 +71,9 @@ class MomentumContrast(nn.Module):
     def after_step(self, backbone: Backbone, group: Any) -> None:
         self.key_backbone.update(backbone)
         self.key_head.update(self.head)
+        for module in self.modules():
+            if isinstance(module, RunningStandard):
+                module.update(group)
         self.bank.push(group)
 
 
@@ -121,8 +137,8 @@ def deep_projector(inputs: int, hidden: int, outputs: int, *, last_norm: bool) -
 
 
 def simsiam_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
-    first = functional.cosine_similarity(p1.float(), z2.detach().float(), dim=1)
-    second = functional.cosine_similarity(p2.float(), z1.detach().float(), dim=1)
+    first = functional.cosine_similarity(p1, z2.detach(), dim=1)
+    second = functional.cosine_similarity(p2, z1.detach(), dim=1)
     return -0.5 * (first + second).mean()
 
 
