@@ -135,7 +135,8 @@ class Dira(Method):
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         weights = self.weights(step)
-        losses, monitors = {}, {}
+        losses: dict[str, Tensor] = {}
+        monitors: dict[str, Tensor] = {}
         if "discriminative" in weights:
             maps, embeddings, losses["discriminative"] = self.discrimination(
                 self.backbone, batch["x1"], batch["x2"], self.group
@@ -217,7 +218,7 @@ class Dira(Method):
 
     @torch.no_grad()
     def inspect(self, batch: Batch) -> dict[str, Tensor]:
-        """The full-resolution features of the query view (B, C, *S) and what is restored of it, as stored (B, 1, *S)."""
+        """The query view's full-resolution features (B, C, *S) and what is restored of it, as stored (B, 1, *S)."""
         _, decoder_maps = self.backbone(batch["x1"])
         low, high = self.config.intensity_range
         return {"features": decoder_maps[-1], "restored": low + (high - low) * self._output(decoder_maps[-1])}
@@ -268,7 +269,7 @@ def unflipped(image: Tensor, flips: Tensor) -> Tensor:
     return image
 
 
-def _discrimination(config: DiraConfig, backbone: Backbone) -> nn.Module:
+def _discrimination(config: DiraConfig, backbone: Backbone) -> MomentumContrast | SimSiam | BarlowTwins:
     widths = (config.hidden, config.outputs)
     if config.discriminative == "moco":
         return MomentumContrast(

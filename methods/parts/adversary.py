@@ -125,7 +125,9 @@ class Adversary(nn.Module):
             self.monitors = {"accuracy": right, "gradient_penalty_share": share}
         else:
             middle = 0.5 if self.form == "least_squares" else 0.0
-            self.monitors = {"accuracy": 0.5 * ((of_real > middle).double().mean() + (of_fake < middle).double().mean())}
+            self.monitors = {
+                "accuracy": 0.5 * ((of_real > middle).double().mean() + (of_fake < middle).double().mean())
+            }
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ class SimSiam(nn.Module):
 
 
 class BarlowTwins(nn.Module):
-    """L = sum_i (1 - C_ii)^2 + lambda sum_{i != j} C_ij^2, C the correlation of the embeddings' channels over the batch.
+    """L = sum_i (1 - C_ii)^2 + lambda sum_{i != j} C_ij^2, C the correlation of the views' channels over the batch.
 
     Args:
         off_diagonal: lambda.

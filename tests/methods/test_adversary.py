@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from voxtrast.methods.parts.adversary import FORMS, Adversary, PatchCritic
 
 Numbers = Sequence[Sequence[Tensor]]  # scores or voxels of each sample
+Pair = tuple[Tensor, Tensor]  # a and b of `Scores`
 
 
 class Scores(nn.Module):
@@ -33,8 +34,11 @@ def every(values: Numbers) -> list[Tensor]:
     return [each for sample in values for each in sample]
 
 
-def critic_formula(form: str, real: Numbers, fake: Numbers, a: Tensor, b: Tensor, mixing: Sequence[float], weight: float) -> Tensor:  # fmt: skip
+def critic_formula(
+    form: str, real: Numbers, fake: Numbers, critic: Pair, mixing: Sequence[float], weight: float
+) -> Tensor:
     """The formulas as they are written, voxel by voxel."""
+    a, b = critic
     of_real = [a * v * v + b for v in every(real)]
     of_fake = [a * v * v + b for v in every(fake)]
     if form == "least_squares":
@@ -80,7 +84,7 @@ def test_the_critic_s_loss_is_the_formula(form: str, case: str) -> None:
     total.backward()
 
     a, b = (p.detach().double().requires_grad_() for p in adversary.critic.parameters())
-    expected = critic_formula(form, voxels(real), voxels(fake), a, b, mixing.tolist(), 3.0)
+    expected = critic_formula(form, voxels(real), voxels(fake), (a, b), mixing.tolist(), 3.0)
     expected.backward()
     assert total.item() == pytest.approx(expected.item(), rel=1e-6)
     scale = max(a.grad.abs().item(), b.grad.abs().item(), 1.0)  # type: ignore[union-attr]
@@ -114,7 +118,8 @@ def test_the_critic_is_frozen_in_the_generator_s_step_and_moves_in_its_own(form:
     real, fake = torch.randn(2, 2, 1, *[16] * dimensions)
     fake.requires_grad_()
     adversary.generator_loss(fake).backward()
-    assert fake.grad is not None and fake.grad.any()
+    assert fake.grad is not None
+    assert fake.grad.any()
     assert all(parameter.grad is None and parameter.requires_grad for parameter in adversary.parameters())
 
     before = [parameter.clone() for parameter in adversary.parameters()]
@@ -123,7 +128,8 @@ def test_the_critic_is_frozen_in_the_generator_s_step_and_moves_in_its_own(form:
     optimizer.step()
     moved = [not torch.equal(old, new) for old, new in zip(before, adversary.parameters(), strict=True)]
     # The last bias moves all scores alike: Wasserstein's difference does not see it.
-    assert all(moved[:-1]) and moved[-1] == (form != "wgan_gp")
+    assert all(moved[:-1])
+    assert moved[-1] == (form != "wgan_gp")
 
 
 def test_the_critic_is_thawed_also_after_an_error() -> None:
@@ -152,7 +158,9 @@ def test_without_mixing_there_is_no_gradient_penalty_and_so_an_error() -> None:
         Adversary(Scores(), "wgan_gp")(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
 
 
-@pytest.mark.parametrize(("form", "good", "bad"), [("least_squares", 0.9, 0.1), ("log", 2.0, -2.0), ("wgan_gp", 3.0, 2.0)])
+@pytest.mark.parametrize(
+    ("form", "good", "bad"), [("least_squares", 0.9, 0.1), ("log", 2.0, -2.0), ("wgan_gp", 3.0, 2.0)]
+)
 def test_accuracy_is_the_share_of_patches_told_apart(form: str, good: float, bad: float) -> None:
     real = torch.tensor([good, good, good, bad]).view(1, 1, 2, 2)
     fake = torch.tensor([bad, bad, good, good]).view(1, 1, 2, 2)

@@ -7,7 +7,7 @@ from plan_samples import make_case
 
 from voxtrast.engine.config import load_config
 from voxtrast.engine.data.planner import Plan, Planner
-from voxtrast.methods import METHODS
+from voxtrast.methods import METHODS, recipe_names
 from voxtrast.methods.views import ViewSpec
 
 PCRL_3D = """
@@ -90,39 +90,6 @@ views:
   local2: *local
 """
 
-DIRA_2D = """
-crop: [224, 224]
-views:
-  x1: &view
-    box: {scale: [0.2, 1], aspect: [0.75, 1.3333]}
-    flips: [0, 0.5]
-    clean: true
-    appearance:
-      order: [brightness, contrast, blur, cut_out|cut_out_outside|patch_swap]
-      brightness: {std: 0, shift: [-0.4, 0.4], probability: 0.8}
-      contrast: {factor: [0.6, 1.4], probability: 0.8}
-      blur: {sigma_voxels: [0.1, 2], probability: 0.5}
-      cut_out: {count: 10, least: 1, go_on: 0.9, side_voxels: [[10, 70], [10, 70]], probability: 0.3}
-      cut_out_outside: {count: 10, least: 1, go_on: 0.9, side_voxels: [[154, 174], [154, 174]], probability: 0.05}
-      patch_swap: {count: 10, side_voxels: [[10, 15], [10, 15]], probability: 0.3}
-  x2: *view
-"""
-
-DIRA_3D = """
-crop: [32, 64, 64]
-views:
-  x1: &view
-    elastic: {spacing_voxels: 16, magnitude_voxels: [0, 4]}
-    clean: true
-    appearance:
-      order: [pixel_shuffle|bezier|in_paint|out_paint]
-      pixel_shuffle: {count: 100, probability: 0.25}
-      bezier: {probability: 0.25}
-      in_paint: {count: 5, least: 1, side_voxels: [[10, 20], [10, 20], [10, 20]], probability: 0.25}
-      out_paint: {count: 5, least: 1, probability: 0.25}
-  x2: *view
-"""
-
 PCL = """
 crop: [352, 352]
 views:
@@ -153,9 +120,20 @@ views:
 CHEST, SLICES, THORAX = (1, 600, 560), (40, 512, 500), (150, 220, 220)
 
 
-def planned(text: str, shape: tuple[int, int, int], count: int = 40) -> list[Plan]:
+def declared(text: str) -> ViewSpec:
     spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ViewSpec), OmegaConf.create(text)))
     assert isinstance(spec, ViewSpec)
+    return spec
+
+
+def of_recipe(name: str) -> ViewSpec:
+    config = load_config(name)
+    spec: ViewSpec = METHODS[config.method.name](config.method, config.backbone, config.views).views
+    return spec
+
+
+def planned(text: str, shape: tuple[int, int, int], count: int = 40) -> list[Plan]:
+    spec = of_recipe(text) if text in recipe_names() else declared(text)
     planner = Planner([make_case("a", shape)], spec, 0, global_batch=1)
     return [planner.plan(step, 0) for step in range(count)]
 
@@ -179,8 +157,8 @@ def sizes(plan: Plan) -> dict[str, tuple[int, ...]]:
             CHEST,
             dict.fromkeys(("x1", "x2"), (1, 224, 224)) | dict.fromkeys(("local1", "local2"), (1, 96, 96)),
         ),
-        (DIRA_2D, CHEST, dict.fromkeys(("x1", "x2"), (1, 224, 224))),
-        (DIRA_3D, THORAX, dict.fromkeys(("x1", "x2"), (32, 64, 64))),
+        ("dira-2d-paper", CHEST, dict.fromkeys(("x1", "x2"), (1, 224, 224))),
+        ("dira-3d", THORAX, dict.fromkeys(("x1", "x2"), (32, 64, 64))),
         (PCL, SLICES, dict.fromkeys(("x1", "x2"), (1, 352, 352))),
         (MACL, SLICES, dict.fromkeys(("i1", "v1"), (1, 512, 512)) | dict.fromkeys(("i2", "v2"), (1, 128, 128))),
     ],
@@ -196,8 +174,7 @@ def test_the_views_of_a_method_can_be_planned(
 
 @pytest.mark.parametrize("recipe", ["cover-3d", "cover-2d-paper", "cover-tiny"])
 def test_the_views_of_cover_s_recipes_are_the_official_ones(recipe: str) -> None:
-    config = load_config(recipe)
-    spec = METHODS["cover"](config.method, config.backbone, config.views).views
+    spec = of_recipe(recipe)
     planner = Planner([make_case("a", (120, 400, 400))], spec, 0, global_batch=1)
     found = [planner.plan(step, 0).views for step in range(60)]
     # 0.95 for a first box; the others always.
@@ -229,3 +206,16 @@ def test_pcrl_paints_both_views_the_same_way() -> None:
 def test_slices_of_the_positional_methods_know_where_they_are() -> None:
     for plan in planned(MACL, SLICES):
         assert {view.box.lower[0] for view in plan.views.values()} == {round(plan.position * 39)}
+
+
+def test_the_distortions_of_dira_are_the_official_ones() -> None:
+    """At most one that hides or moves something; the query is also made as it was before."""
+    kinds = {"pixel_shuffle", "bezier", "in_paint", "out_paint"}
+    of_volumes = [plan.views["x1"] for plan in planned("dira-3d", THORAX, 60)]
+    assert {tuple(step.kind for step in view.steps) for view in of_volumes} == {(kind,) for kind in kinds}
+    kinds = {"cut_out", "cut_out_outside", "patch_swap"}
+    of_slices = [{step.kind for step in plan.views["x1"].steps} & kinds for plan in planned("dira-2d-paper", CHEST, 60)]
+    assert all(len(found) <= 1 for found in of_slices)
+    assert set().union(*of_slices) == kinds
+    for recipe in ("dira-tiny", "dira-3d", "dira-2d-paper"):
+        assert of_recipe(recipe).views["x1"].clean
