@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from voxtrast.engine.config import load_config
@@ -75,6 +76,11 @@ class Loop:
         optimizer.zero_grad()
         total_of(losses).backward()
         optimizer.step()
+
+
+def gradients_and_buffers(method: Dira) -> dict[str, Tensor]:
+    named = itertools.chain(method.named_parameters(), method.adversary.named_parameters())
+    return {name: p.grad for name, p in named if p.grad is not None} | dict(method.named_buffers())
 
 
 # The formulas, transcribed with loops in float64.
@@ -364,8 +370,7 @@ def test_parts_of_a_batch_sum_to_the_whole(form: str) -> None:
                 if name != "gradient_penalty_share":  # a share of means is no mean
                     found[name] = found.get(name, 0) + value.item() / parts
         method.after_step(0)
-        named = itertools.chain(method.named_parameters(), method.adversary.named_parameters())
-        return found, {n: p.grad for n, p in named if p.grad is not None} | dict(method.named_buffers())
+        return found, gradients_and_buffers(method)
 
     (values, tensors), (of_parts, in_parts) = run(1), run(2)
     assert of_parts == pytest.approx(values, rel=1e-9)
@@ -513,3 +518,43 @@ def test_the_recipes_add_one_term_after_the_other(recipe: str) -> None:
         dict(itertools.islice(own.items(), terms)) for terms in (1, 2, 3)
     ]
     method.check_training(min(stage.global_batch or config.train.global_batch for stage in config.stages), 8)
+
+
+def on_one_of_two_ranks(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    found = torch.load(f"{folder}/whole.pt")
+    method = small_dira(adversary="wgan_gp").double()
+    method.adversary.double()
+    method.group = dist.group.WORLD
+    batch = {name: tensor.double()[2 * rank : 2 * rank + 2] for name, tensor in small_batch().items()}
+    method.exchange([batch], 0)
+    total_of(method(batch, 0)).backward()
+    total_of(method.adversary(*method.adversary_inputs(batch))).backward()
+    method.after_step(0)
+    z1, z2 = (found[name][2 * rank : 2 * rank + 2].requires_grad_() for name in ("z1", "z2"))
+    barlow_twins_loss(z1, z2, 0.005, dist.group.WORLD).backward()
+    expected = found["gradient"][2 * rank : 2 * rank + 2]
+    torch.testing.assert_close(z1.grad / 2, expected, rtol=1e-6, atol=1e-9)  # the mean over the ranks
+    for name, tensor in gradients_and_buffers(method).items():
+        if name not in dict(method.named_buffers()):
+            dist.all_reduce(tensor)
+            tensor /= 2
+        torch.testing.assert_close(tensor, found[name], rtol=1e-7, atol=1e-9, equal_nan=True, msg=name)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_process(tmp_path: Path) -> None:
+    method = small_dira(adversary="wgan_gp").double()
+    method.adversary.double()
+    batch = {name: tensor.double() for name, tensor in small_batch().items()}
+    total_of(method(batch, 0)).backward()
+    total_of(method.adversary(*method.adversary_inputs(batch))).backward()
+    method.after_step(0)
+    z1, z2 = torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z1.requires_grad_()
+    barlow_twins_loss(z1, z2, 0.005).backward()
+    embeddings = {"z1": z1.detach(), "z2": z2, "gradient": z1.grad}
+    torch.save(gradients_and_buffers(method) | embeddings, tmp_path / "whole.pt")
+    torch.multiprocessing.spawn(on_one_of_two_ranks, args=(str(tmp_path),), nprocs=2)
