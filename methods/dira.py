@@ -22,6 +22,8 @@ Departures from the official code, with reasons:
 - One process suffices. Keys are not shuffled over the GPUs: that hides batch statistics from the query, and the recipes
   have instance norm, which has none.
 - The twin encodes keys only; there its decoder runs as well and its output is dropped.
+- With `standardise` MoCo's head is preceded by running averages: behind instance norm the pooled features of all images
+  are one vector but for two per cent, and the embeddings stay one.
 - D comes first, alone, as the paper says; the official second stage starts D and R together.
 - In 3-D MoCo v2 takes the place of TransVW's visual words, which need a dictionary of anatomical patterns made
   beforehand. Its critic sees images (there: pairs of image and distorted image) and takes its step after the generator,
