@@ -5,6 +5,7 @@ from typing import Any
 
 from .backbone import Backbone, BackboneConfig, build_network, transferable_state
 from .cover import Cover
+from .dira import Dira
 from .jcl import JCL
 from .method import Batch, Method
 from .pcl import PCL
@@ -12,7 +13,7 @@ from .pcrl import Pcrl
 from .pcrlv2 import PcrlV2
 from .views import AffineRanges, AppearanceRanges, View, ViewSpec
 
-METHODS: dict[str, Any] = {"cover": Cover, "jcl": JCL, "pcl": PCL, "pcrl": Pcrl, "pcrlv2": PcrlV2}
+METHODS: dict[str, Any] = {"cover": Cover, "dira": Dira, "jcl": JCL, "pcl": PCL, "pcrl": Pcrl, "pcrlv2": PcrlV2}
 
 
 def recipe_names() -> list[str]:

@@ -140,4 +140,4 @@ def test_the_distortions_of_dira_are_the_official_ones() -> None:
     assert all(len(found) <= 1 for found in of_slices)
     assert set().union(*of_slices) == kinds
     for recipe in ("dira-tiny", "dira-3d", "dira-2d-paper"):
-        assert of_recipe(recipe).views["x1"].clean
+        assert spec_of(recipe).views["x1"].clean

@@ -1,0 +1,127 @@
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from voxtrast.methods import Backbone, BackboneConfig
+from voxtrast.methods.parts.instance_discrimination import MomentumContrast, barlow_twins_loss, simsiam_loss
+from voxtrast.methods.parts.running_standard import RunningStandard
+
+SMALL = BackboneConfig(dimensions=2, features=[4, 8, 8], encoder_blocks=[1], decoder_blocks=[1])
+
+
+# The formulas, transcribed with loops in float64.
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    return sum((a * b for a, b in zip(x, y, strict=True)), start=torch.zeros((), dtype=torch.float64))
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    return dot(x, y) / torch.sqrt(dot(x, x) * dot(y, y))
+
+
+def moco_formula(queries: Tensor, keys: Tensor, bank: Tensor, temperature: float) -> Tensor:
+    losses = []
+    for query, key in zip(queries, keys, strict=True):
+        positive = torch.exp(cosine(query, key.detach()) / temperature)
+        negatives = [torch.exp(cosine(query, other) / temperature) for other in bank]
+        losses.append(-torch.log(positive / (positive + torch.stack(negatives).sum())))
+    return torch.stack(losses).sum() / len(losses)
+
+
+def simsiam_formula(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
+    terms = [-(cosine(a, d.detach()) + cosine(b, c.detach())) / 2 for a, b, c, d in zip(p1, p2, z1, z2, strict=True)]
+    return torch.stack(terms).sum() / len(terms)
+
+
+def barlow_formula(z1: Tensor, z2: Tensor, off_diagonal: float) -> Tensor:
+    def standardised(z: Tensor) -> Tensor:
+        columns = []
+        for column in z.T:
+            centre = column.sum() / len(column)
+            variance = sum((each - centre) ** 2 for each in column) / len(column)
+            columns.append((column - centre) / torch.sqrt(variance + 1e-5))
+        return torch.stack(columns, dim=1)
+
+    one, two = standardised(z1), standardised(z2)
+    total = torch.zeros((), dtype=torch.float64)
+    for i, j in itertools.product(range(z1.shape[1]), repeat=2):
+        correlation = dot(one[:, i], two[:, j]) / len(z1)
+        total = total + ((1 - correlation) ** 2 if i == j else off_diagonal * correlation**2)
+    return total
+
+
+def assert_same_gradient(found: Tensor, expected: Tensor, floor: float = 0.0) -> None:
+    assert (found.double() - expected).norm() <= 1e-6 * max(expected.norm().item(), floor)
+
+
+@pytest.mark.parametrize("case", ["random", "one_sample", "all_equal", "bank_of_the_key"])
+def test_moco_is_the_formula(case: str) -> None:
+    count = 1 if case == "one_sample" else 3
+    torch.manual_seed(0)
+    backbone = Backbone(SMALL)
+    method = MomentumContrast(backbone, 8, 6, bank=5, temperature=0.2, momentum=0.9)
+    x1, x2 = torch.randn(2, count, 1, 16, 16)
+    if case == "all_equal":
+        x1 = x2 = x1[:1].expand_as(x1)
+    if case == "bank_of_the_key":
+        method.bank.vectors.copy_(method.key(x2)[:1].expand(5, -1))
+    _, query, loss = method(backbone, x1, x2)
+    query.retain_grad()
+    loss.backward()
+
+    wide = query.detach().double().requires_grad_()
+    expected = moco_formula(wide, method.key(x2).double(), method.bank.vectors.double(), 0.2)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert_same_gradient(query.grad, wide.grad, floor=1.0 if case == "bank_of_the_key" else 0.0)
+
+
+@pytest.mark.parametrize("case", ["random", "one_sample", "all_equal"])
+def test_simsiam_is_the_formula(case: str) -> None:
+    embeddings = torch.randn(4, 1 if case == "one_sample" else 3, 6, generator=torch.Generator().manual_seed(0))
+    if case == "all_equal":
+        embeddings = embeddings[:1, :1].expand(4, 3, 6).clone()
+    narrow = [each.clone().requires_grad_() for each in embeddings]
+    wide = [each.double().requires_grad_() for each in embeddings]
+    loss, expected = simsiam_loss(*narrow), simsiam_formula(*wide)
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for found, wanted in zip(narrow[:2], wide[:2], strict=True):
+        assert_same_gradient(found.grad, wanted.grad, floor=1.0 if case == "all_equal" else 0.0)
+    assert all(each.grad is None for each in narrow[2:])  # the targets
+
+
+@pytest.mark.parametrize("case", ["random", "same_views", "all_equal"])
+def test_barlow_twins_is_the_formula(case: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z1, z2 = torch.randn(2, 5, 4, generator=generator)
+    if case == "same_views":
+        z2 = z1.clone()
+    if case == "all_equal":
+        z1, z2 = z1[:1].expand(5, 4).clone(), z2[:1].expand(5, 4).clone()
+    narrow, wide = ([z.clone().to(kind).requires_grad_() for z in (z1, z2)] for kind in (torch.float32, torch.float64))
+    loss, expected = barlow_twins_loss(*narrow, 0.005), barlow_formula(*wide, 0.005)
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
+    for found, wanted in zip(narrow, wide, strict=True):
+        assert_same_gradient(found.grad, wanted.grad, floor=1.0)
+
+
+def test_running_standard_averages_first_equally_then_forgets() -> None:
+    standard = RunningStandard(2, momentum=0.5)
+    batches = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))
+    for batch in batches:
+        standard(batch)
+        standard.update()
+    means = batches.mean(1)
+    expected = ((means[0] + means[1]) / 2 + means[2]) / 2 / 2 + means[3] / 2
+    torch.testing.assert_close(standard.mean, expected)
+    standard.eval()
+    assert torch.equal(standard(batches[0]), (batches[0] - standard.mean) * (standard.square + 1e-6).rsqrt())
+    standard.update()
+    torch.testing.assert_close(standard.mean, expected)
