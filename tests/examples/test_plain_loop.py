@@ -13,7 +13,12 @@ from voxtrast.methods import recipe_names
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_loop.py"
 
 
-@pytest.mark.parametrize("recipe", [name for name in recipe_names() if name.endswith("-tiny")])
+TINY = [name for name in recipe_names() if name.endswith("-tiny")]
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[] if name == "cover-tiny" else [pytest.mark.slow]) for name in TINY]
+)
 def test_it_trains_any_method_for_two_steps(recipe: str, tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE.parent))
     import plain_loop
