@@ -78,7 +78,8 @@ def spread(method: Method, batches: Sequence[Batch], step: int) -> dict[str, flo
 
 def batches_for(run: LoadedRun) -> list[Batch]:
     """As many as give EMBEDDINGS vectors."""
-    source, batches, count = batches_aside(run), [], 0
+    source, count = batches_aside(run), 0
+    batches: list[Batch] = []
     while count < EMBEDDINGS and len(batches) < EMBEDDINGS:
         batches.append(next(source))
         with embeddings_seen() as seen, torch.no_grad():

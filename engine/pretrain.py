@@ -74,6 +74,8 @@ def pretrain(config: Config) -> None:
         if ranks.first:
             print("no volume that is held aside can be read: no validation", file=sys.stderr)
         aside = []
+    if ranks.size > 1:
+        method.group = dist.group.WORLD
     check_method(method, config, ranks, cases)
     ranks.on_first(lambda: _prepare_output(config))
     if ranks.first:
@@ -84,8 +86,6 @@ def pretrain(config: Config) -> None:
             file=sys.stderr,
         )
         _note_warm_up(config, method)
-    if ranks.size > 1:
-        method.group = dist.group.WORLD
     learner, critic = wrap(method, config, ranks), wrap_adversary(method, config, ranks)
     about = describe(config, cases)
     Trainer(learner, critic, method, config, ranks, store, cases, aside, damaged, about).train()

@@ -157,7 +157,7 @@ class Trainer:
     def _words(self, step: int, numbers: dict[str, float], moment: Moment) -> dict[str, str]:
         """What the line of a step says beside its numbers."""
         words = {"stage": moment.stage.name} if self.config.stages else {}
-        warning = self.method.warning(step, numbers)
+        warning = self.method.warning(step, numbers | {"learning_rate": self.learner.rate})
         return words | {"warning": warning} if warning else words
 
     def _next(self, views: Iterator[list[Batch]], step: int) -> list[Batch]:
