@@ -178,7 +178,7 @@ def test_any_views_under_any_names(store: Store) -> None:
     both = View(affine=AffineRanges(), appearance=cover_appearance())
     spec = ViewSpec((16, 16, 16), {"global/1": both, "global/2": both, "clean": View()})
     ((batch,),) = take(store, spec, 1)
-    assert set(batch) == {"global/1", "global/2", "clean", "case", "origin"}
+    assert set(batch) == {"global/1", "global/2", "clean", "case", "origin", "position"}
     assert not torch.equal(batch["global/1"], batch["global/2"])
 
 

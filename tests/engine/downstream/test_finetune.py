@@ -51,12 +51,13 @@ def test_it_learns_and_both_arms_share_everything_but_the_weights(weights: Path,
     assert [json.loads(line) for line in lines] == [pretrained, scratch]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
         BackboneConfig(architecture="swin_unetr", features=[12]),
-        pytest.param(BackboneConfig(architecture="residual_unet_s"), marks=pytest.mark.slow),
-        pytest.param(BackboneConfig(architecture="resnet18_unet"), marks=pytest.mark.slow),
+        BackboneConfig(architecture="residual_unet_s"),
+        BackboneConfig(architecture="resnet18_unet"),
     ],
     ids=lambda config: config.architecture,
 )
