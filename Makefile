@@ -13,7 +13,7 @@ ARCHITECTURE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
 # Two processes on two cores; their threads wait asleep, or each would keep the other's core busy by waiting.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all lint format wheel clean
 

@@ -99,16 +99,6 @@ class Method(nn.Module):
         """
         return {}
 
-    def features(self, image: Tensor) -> Tensor:
-        """Features of every voxel, without gradients: the finest map of the backbone that is trained.
-
-        Args:
-            image: (B, 1, *S).
-
-        Returns: (B, C, *S); a coarser map is interpolated.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no features of voxels")
-
     def inspect(self, batch: Batch) -> dict[str, Tensor]:
         """What a report draws of a batch, without gradients."""
         return {}
