@@ -137,6 +137,7 @@ class Trainer:
         elif stage.start != "previous":
             network = stage.start
             self.loaded = stages.take_weights(stage.start, self.method)
+            self.method.weights_loaded(moment.first)
             self.learner.parameters_changed()
         if stage.start != "previous" and self.average:
             self.average = stages.parameters_of(self.method)
@@ -176,7 +177,7 @@ class Trainer:
         self.learner.rate = self._rate(moment) * factor
         batches = [_to_device(batch, self.ranks.device) for batch in batches]
         self._share(batches)
-        self.method.exchange(batches, step)
+        self._exchange(batches, step)
         numbers: dict[str, Tensor] = {}
         for batch in batches:
             losses = self.learner(batch, step)
@@ -189,6 +190,11 @@ class Trainer:
         self.method.after_step(step)
         self._update_average()
         return self._reduce(numbers, step)
+
+    def _exchange(self, batches: list[Batch], step: int) -> None:
+        # In the precision of the forward, which the engine sees to: what is shared must not depend on the parts.
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.train.autocast == "bfloat16"):
+            self.method.exchange(batches, step)
 
     def _critic_step(self, critic: Learner, batch: Batch) -> dict[str, Tensor]:
         losses = critic(*self.method.adversary_inputs(batch))
@@ -235,7 +241,7 @@ class Trainer:
         for held in batches:
             batch = _to_device(held, self.ranks.device)
             self._share([batch])
-            self.method.exchange([batch], step)
+            self._exchange([batch], step)
             losses = self.learner(batch, step)
             total = torch.stack(list(losses.values())).sum()
             _add(numbers, _named(total, losses, self.method.monitors), len(batches))

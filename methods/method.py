@@ -78,6 +78,9 @@ class Method(nn.Module):
     def after_step(self, step: int) -> None:
         """Runs after each optimizer step: moving averages, banks."""
 
+    def weights_loaded(self, step: int) -> None:
+        """Runs after the backbone was given other weights: what followed the old ones begins anew."""
+
     def adversary_inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """What the adversary is called with for its own step, without gradients, after a forward of this batch."""
         raise NotImplementedError(f"{type(self).__name__} has no adversary")
@@ -102,6 +105,12 @@ class Method(nn.Module):
     def inspect(self, batch: Batch) -> dict[str, Tensor]:
         """What a report draws of a batch, without gradients."""
         return {}
+
+    def _apply(self, function: Any, recurse: bool = True) -> "Method":
+        # A module of its own, but it moves with the method.
+        if self.adversary is not None:
+            self.adversary._apply(function)
+        return super()._apply(function, recurse)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer: no decay of biases, norms and other vectors."""

@@ -31,13 +31,21 @@ class FeatureBank(nn.Module):
         super().__init__()
         if initial not in INITIAL:
             raise ValueError(f"initial: {initial!r} is not one of {', '.join(INITIAL)}")
-        if initial == "uniform":
-            vectors = (2 * torch.rand(size, channels) - 1) * math.sqrt(3 / channels)
-        else:
-            vectors = nn.functional.normalize(torch.randn(size, channels), dim=1)
-        self.register_buffer("vectors", vectors)
+        self.initial = initial
+        self.register_buffer("vectors", self._drawn((size, channels), None))
         self.register_buffer("place", torch.zeros(1, dtype=torch.int64))
         self._collected: list[Tensor] = []
+
+    def _drawn(self, shape: torch.Size | tuple[int, int], generator: torch.Generator | None) -> Tensor:
+        if self.initial == "uniform":
+            return (2 * torch.rand(shape, generator=generator) - 1) * math.sqrt(3 / shape[1])
+        return nn.functional.normalize(torch.randn(shape, generator=generator), dim=1)
+
+    def forget(self, generator: torch.Generator) -> None:
+        """Random vectors again, in place of keys that another network made."""
+        self.vectors.copy_(self._drawn(self.vectors.shape, generator))
+        self.place.zero_()
+        self._collected.clear()
 
     def collect(self, *keys: Tensor) -> None:
         """Keys (b, C) of one forward, to be pushed after the step; of several kinds the first goes first."""

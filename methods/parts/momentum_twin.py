@@ -31,5 +31,11 @@ class MomentumTwin(nn.Module):
             own.lerp_(theirs.detach().to(own.dtype), 1 - self.momentum)
 
     @torch.no_grad()
+    def copy(self, source: nn.Module) -> None:
+        """Begins anew from the source."""
+        for own, theirs in zip(self.network.parameters(), source.parameters(), strict=True):
+            own.copy_(theirs)
+
+    @torch.no_grad()
     def forward(self, *arguments: Any) -> Any:
         return self.network(*arguments)

@@ -47,6 +47,9 @@ class EmbeddingMonitor(nn.Module):
         self.window = FeatureBank(window, channels)
         self.register_buffer("seen", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("latest", torch.zeros(2, dtype=torch.float64))
+        # Known here, so that no forward waits for a GPU's answer; after a load it is asked once.
+        self._measured: bool | None = False
+        self.register_load_state_dict_post_hook(_ask_again)
 
     def see(self, embeddings: Tensor) -> None:
         """(b, C) of one forward."""
@@ -59,12 +62,19 @@ class EmbeddingMonitor(nn.Module):
             # On the CPU: small, and a GPU takes longer for the singular values.
             vectors = self.window.vectors.cpu()
             self.latest.copy_(torch.stack([embedding_std(vectors), effective_rank(vectors)]))
+            self._measured = True
 
     def numbers(self) -> dict[str, Tensor]:
         """Nothing outside training: what is seen there is no part of the window."""
-        if not self.training or self.latest[1] == 0:
+        if self._measured is None:
+            self._measured = bool(self.latest[1] > 0)
+        if not self.training or not self._measured:
             return {}
         return {"embedding_std": self.latest[0].clone(), "effective_rank": self.latest[1].clone()}
+
+
+def _ask_again(monitor: EmbeddingMonitor, _: Any) -> None:
+    monitor._measured = None
 
 
 class CollapseWatch:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -94,3 +96,17 @@ def test_the_first_vectors_are_on_the_sphere_or_uniform() -> None:
     assert uniform.var().item() == pytest.approx(0.25 / 3, rel=0.05)
     with pytest.raises(ValueError, match="'zeros' is not one of uniform, sphere"):
         FeatureBank(4, 2, "zeros")
+
+
+def test_a_bank_that_forgets_is_as_random_as_a_new_one_and_as_reproducible_as_its_generator() -> None:
+    first, second = FeatureBank(64, 8, "uniform"), FeatureBank(64, 8, "uniform")
+    first.collect(torch.ones(5, 8))
+    first.push()
+    for bank in (first, second):
+        bank.collect(torch.ones(3, 8))
+        bank.forget(torch.Generator().manual_seed(3))
+        assert bank.push() == 0
+        assert bank.place.item() == 0
+    assert torch.equal(first.vectors, second.vectors)
+    assert not (first.vectors == 1).any()
+    assert first.vectors.abs().max() <= math.sqrt(3 / 8)

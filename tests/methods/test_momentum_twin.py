@@ -68,3 +68,15 @@ def test_the_twin_has_no_gradients_and_its_norms_own_statistics() -> None:
 def test_a_momentum_out_of_range_is_refused(momentum: float) -> None:
     with pytest.raises(ValueError, match="momentum: expected 0 up to less than 1"):
         MomentumTwin(nn.Linear(2, 2), momentum)
+
+
+def test_a_twin_that_begins_anew_is_its_source() -> None:
+    source = nn.Linear(3, 2)
+    twin = MomentumTwin(source, 0.9)
+    with torch.no_grad():
+        source.weight.add_(1)
+    twin.copy(source)
+    for own, theirs in zip(twin.network.parameters(), source.parameters(), strict=True):
+        assert torch.equal(own, theirs)
+        assert own.data_ptr() != theirs.data_ptr()
+        assert not own.requires_grad
