@@ -48,7 +48,7 @@ from .parts.feature_bank import FeatureBank
 from .parts.heads import pooled, projector
 from .parts.momentum_twin import MomentumTwin
 from .parts.monitors import CollapseWatch, EmbeddingMonitor
-from .parts.standard import RunningStandard, Statistics, standardised
+from .parts.running_standard import RunningStandard, Statistics, standardised
 from .views import View, ViewSpec
 
 TARGETS = ("augmented", "clean")
@@ -103,7 +103,7 @@ class Pcrl(Method):
         self.projector_twin = MomentumTwin(self.projector, config.momentum)
         self.bank = FeatureBank(config.bank_size, config.embedding, "uniform")
         self.register_buffer("normalizer", torch.zeros(1))
-        self.standard = RunningStandard(channels)
+        self.standard = RunningStandard(channels, momentum=0.95)
         self.monitor = EmbeddingMonitor(config.embedding)
         self.watch = CollapseWatch(
             "lower optimizer.learning_rate" + ("" if config.standardise else ", or set method.standardise=true")
@@ -306,7 +306,7 @@ class Pcrl(Method):
         if not self.config.standardise:
             return None
         if known:
-            return self.standard.mean, self.standard.variance
+            return self.standard.statistics
         return batch["statistics"] if "statistics" in batch else self.standard.measure(features)
 
     def _normalizer(self, batch: Batch, q: Tensor, k: Tensor, known: bool) -> Tensor:
