@@ -48,7 +48,7 @@ from .parts.feature_bank import FeatureBank
 from .parts.heads import pooled, projector
 from .parts.momentum_twin import MomentumTwin
 from .parts.monitors import CollapseWatch, EmbeddingMonitor
-from .parts.standard import RunningStandard, Statistics, standardised
+from .parts.running_standard import RunningStandard, Statistics, standardised
 from .views import View, ViewSpec
 
 TARGETS = ("augmented", "clean")
@@ -103,7 +103,7 @@ class Pcrl(Method):
         self.projector_twin = MomentumTwin(self.projector, config.momentum)
         self.bank = FeatureBank(config.bank_size, config.embedding, "uniform")
         self.register_buffer("normalizer", torch.zeros(1))
-        self.standard = RunningStandard(channels)
+        self.standard = RunningStandard(channels, momentum=0.95)
         self.monitor = EmbeddingMonitor(config.embedding)
         self.watch = CollapseWatch(
             "lower optimizer.learning_rate" + ("" if config.standardise else ", or set method.standardise=true")
@@ -143,7 +143,11 @@ class Pcrl(Method):
             first = [pooled(self.backbone.encode(each[:, 0])[-1]) for each in images]
             measured["statistics"] = self._statistics({}, gather_parts(first, self.group), known)
         statistics = self._statistics(measured, self.standard.mean, known)
-        keys = [self._key(self.backbone_twin(each[:, 1], 0)[0], statistics) for each in images]
+        if len(batches) == 1:  # of several, the maps are more than the memory may have room for: encoded again
+            batches[0]["second"] = self._encode_second(images[0][:, 1])
+        maps = (batch["second"] if "second" in batch else self._encode_second(each[:, 1])
+                for batch, each in zip(batches, images, strict=True))  # fmt: skip
+        keys = [self._key(each, statistics) for each in maps]
         every_key = gather_parts(keys, self.group)
         if not known:
             queries = [self._query(features, statistics) for features in first]
@@ -162,7 +166,10 @@ class Pcrl(Method):
 
         first, mixed_first = self._encode(self.backbone.encode, images[:, 0], mixed[:, 0])
         with torch.no_grad():
-            second, mixed_second = self._encode(lambda x: self.backbone_twin(x, 0)[0], images[:, 1], mixed[:, 1])
+            if "second" in batch:
+                second, mixed_second = batch["second"], self._encode_second(mixed[:, 1])
+            else:
+                second, mixed_second = self._encode(self._encode_second, images[:, 1], mixed[:, 1])
 
         losses: dict[str, Tensor] = {}
         self.monitors = {}
@@ -269,6 +276,11 @@ class Pcrl(Method):
         """The permutation pi of the whole batch: image i is mixed with image pi(i)."""
         return torch.randperm(count, generator=self.generator(step, "partners"))
 
+    def _encode_second(self, images: Tensor) -> Maps:
+        """By the twin, whose decoder is not run."""
+        maps: Maps = self.backbone_twin(images, 0)[0]
+        return maps
+
     def _encode(self, encode: Callable[[Tensor], Maps], plain: Tensor, mixed: Tensor) -> tuple[Maps, Maps]:
         if self._apart:
             return encode(plain), encode(mixed)
@@ -306,7 +318,7 @@ class Pcrl(Method):
         if not self.config.standardise:
             return None
         if known:
-            return self.standard.mean, self.standard.variance
+            return self.standard.statistics
         return batch["statistics"] if "statistics" in batch else self.standard.measure(features)
 
     def _normalizer(self, batch: Batch, q: Tensor, k: Tensor, known: bool) -> Tensor:

@@ -35,8 +35,8 @@ from torch.nn import functional
 from .backbone import Backbone, BackboneConfig
 from .method import Batch, Method
 from .parts.across_ranks import rank_and_size
-from .parts.batch_norm import GlobalBatchNorm, Predictor
-from .parts.heads import pooled
+from .parts.batch_norm import GlobalBatchNorm
+from .parts.heads import Predictor, pooled
 from .parts.monitors import CollapseWatch, EmbeddingMonitor
 from .views import View, ViewSpec
 

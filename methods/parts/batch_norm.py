@@ -51,17 +51,3 @@ class GlobalBatchNorm(nn.Module):
 
     def _scaled(self, vectors: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         return (vectors - mean) * (variance + EPSILON).rsqrt() * self.weight + self.bias
-
-
-class Predictor(nn.Module):
-    """Linear, batch norm, ReLU, Linear: the prediction head of SimSiam."""
-
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(channels, hidden, bias=False)  # a bias before a batch norm changes nothing
-        self.norm = GlobalBatchNorm(hidden)
-        self.second = nn.Linear(hidden, channels)
-
-    def forward(self, vectors: Tensor, group: Any = None) -> Tensor:
-        predicted: Tensor = self.second(torch.relu(self.norm(self.first(vectors), group)))
-        return predicted

@@ -1,6 +1,12 @@
 """Small networks on top of the backbone's maps."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+
+from .batch_norm import GlobalBatchNorm
+from .running_standard import RunningStandard
 
 
 def pooled(features: Tensor) -> Tensor:
@@ -9,13 +15,25 @@ def pooled(features: Tensor) -> Tensor:
     return mean
 
 
-def projector(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Linear, ReLU, Linear: the projection head of SimCLR and MoCo v2."""
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+def projector(inputs: int, hidden: int, outputs: int, standardise: bool = False) -> nn.Sequential:
+    """Linear, ReLU, Linear: the projection head of SimCLR and MoCo v2.
+
+    Args:
+        standardise: its inputs, see `RunningStandard`; whose owner calls `update_standards` after each step.
+    """
+    layers: list[nn.Module] = [nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs)]
+    return nn.Sequential(*([RunningStandard(inputs)] if standardise else []), *layers)
 
 
-def predictor(channels: int, hidden: int) -> nn.Sequential:
-    """Linear, batch norm, ReLU, Linear: the prediction head of SimSiam."""
-    return nn.Sequential(
-        nn.Linear(channels, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, channels)
-    )
+class Predictor(nn.Module):
+    """Linear, batch norm over the whole batch, ReLU, Linear: the prediction head of SimSiam."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(channels, hidden, bias=False)  # a bias before a batch norm changes nothing
+        self.norm = GlobalBatchNorm(hidden)
+        self.second = nn.Linear(hidden, channels)
+
+    def forward(self, vectors: Tensor, group: Any = None) -> Tensor:
+        predicted: Tensor = self.second(torch.relu(self.norm(self.first(vectors), group)))
+        return predicted

@@ -14,9 +14,9 @@ from ...kernels import bank_info_nce
 from ..backbone import Backbone
 from .across_ranks import rank_and_size, sum_over_ranks
 from .feature_bank import FeatureBank
-from .heads import pooled, predictor, projector
+from .heads import Predictor, pooled, projector
 from .momentum_twin import MomentumTwin
-from .running_standard import RunningStandard
+from .running_standard import update_standards
 
 Found = tuple[list[Tensor], Tensor, Tensor]  # maps, embeddings, loss
 _EPSILON = 1e-5  # of a variance, as in batch norm
@@ -48,9 +48,7 @@ class MomentumContrast(nn.Module):
         super().__init__()
         self.temperature = temperature
         channels = backbone.encoder_channels[-1]
-        self.head = projector(channels, hidden, outputs)
-        if standardise:
-            self.head.insert(0, RunningStandard(channels))
+        self.head = projector(channels, hidden, outputs, standardise)
         self.key_backbone = MomentumTwin(backbone, momentum)
         self.key_head = MomentumTwin(self.head, momentum)
         self.bank = FeatureBank(bank, outputs, "sphere")
@@ -71,9 +69,7 @@ class MomentumContrast(nn.Module):
     def after_step(self, backbone: Backbone, group: Any) -> None:
         self.key_backbone.update(backbone)
         self.key_head.update(self.head)
-        for module in self.modules():
-            if isinstance(module, RunningStandard):
-                module.update(group)
+        update_standards(self, group)
         self.bank.push(group)
 
 
@@ -83,12 +79,12 @@ class SimSiam(nn.Module):
     def __init__(self, backbone: Backbone, hidden: int, outputs: int, *, predictor_hidden: int) -> None:
         super().__init__()
         self.projector = deep_projector(backbone.encoder_channels[-1], hidden, outputs, last_norm=True)
-        self.predictor = predictor(outputs, predictor_hidden)
+        self.predictor = Predictor(outputs, predictor_hidden)
 
     def forward(self, backbone: Backbone, first_view: Tensor, second_view: Tensor, group: Any = None) -> Found:
         maps, features, other_features = encode_both(backbone, first_view, second_view)
         z1, z2 = self.projector(features), self.projector(other_features)
-        p1, p2 = self.predictor(z1), self.predictor(z2)
+        p1, p2 = self.predictor(z1, group), self.predictor(z2, group)
         return maps, z1, simsiam_loss(p1, p2, z1, z2)
 
     def after_step(self, backbone: Backbone, group: Any) -> None:

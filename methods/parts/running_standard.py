@@ -7,45 +7,88 @@ from torch import Tensor, nn
 
 from .across_ranks import gather_parts
 
+EPSILON = 1e-8  # of a variance: behind an instance norm, that of pooled features is about 1e-4
+
+Statistics = tuple[Tensor, Tensor]  # mean and variance, (C,) each
+
 
 class RunningStandard(nn.Module):
-    """(x - mean) / deviation of each channel, both running averages over the global batches of earlier steps.
+    """(x - mean) / deviation of each channel, both averages over the global batches of earlier steps.
 
     Behind an instance norm the mean over a map hardly depends on the image: pooled features are one vector for all
     images, and a few per cent besides, so that all embeddings begin as one. Batch norm would tell them apart, and tie
-    them to the batch. No gradient passes through the averages, and they are still outside training.
+    them to the batch. The averages stand still within a step, so that no sample knows of another and every cut of a
+    batch is the same, and outside training. They are float32, part of the checkpoint, and no gradient passes through
+    them.
+
+    As a layer it takes features as they are in the first step. Whose first step fixes something for good has them
+    measured on the first batch instead (`measure`), and handles collecting and standardising for itself.
 
     Args:
         channels: C.
-        momentum: of the averages, once they are over as many steps.
+        momentum: of the averages, once they are over as many steps; until then all steps count alike.
     """
 
     mean: Tensor  # (C,)
-    square: Tensor  # (C,) of the distance to the mean
+    variance: Tensor  # (C,)
     steps: Tensor  # (1,) int64
 
-    def __init__(self, channels: int, momentum: float = 0.99, epsilon: float = 1e-6) -> None:
+    def __init__(self, channels: int, momentum: float = 0.99) -> None:
         super().__init__()
-        self.momentum, self.epsilon = momentum, epsilon
+        self.momentum = momentum
         self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("square", torch.ones(channels))
+        self.register_buffer("variance", torch.ones(channels))
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
         self._collected: list[Tensor] = []
 
     def forward(self, features: Tensor) -> Tensor:
         """(b, C), to be averaged after the step where this is training."""
+        self.collect(features)
+        return standardised(features, self.statistics)
+
+    @property
+    def statistics(self) -> Statistics:
+        return self.mean, self.variance
+
+    def measure(self, features: Tensor) -> Statistics:
+        """Those of (n, C), the first whole batch; kept in training."""
+        mean, variance = _moments(features.to(self.mean.dtype))
+        if self.training:
+            self.mean.copy_(mean)
+            self.variance.copy_(variance)
+        return mean, variance
+
+    def collect(self, features: Tensor) -> None:
+        """(b, C) of one forward."""
         if self.training:
             self._collected.append(features.detach().to(self.mean.dtype))
-        return (features - self.mean) * (self.square + self.epsilon).rsqrt()
 
     @torch.no_grad()
     def update(self, group: Any = None) -> None:
         """Takes in what was collected since the last update; collective over `group`."""
         if not self._collected:
             return
-        features = gather_parts(self._collected, group)
+        mean, variance = _moments(gather_parts(self._collected, group))
         self._collected.clear()
-        share = torch.clamp(1 / (self.steps + 1.0), min=1 - self.momentum)
-        self.mean.lerp_(features.mean(0), share.to(self.mean))
-        self.square.lerp_((features - self.mean).square().mean(0), share.to(self.square))
+        share = (1 / (self.steps + 1).to(self.mean.dtype)).clamp(min=1 - self.momentum)
+        # The variance of all steps so far: within them, and of their means.
+        self.variance.lerp_(variance + (1 - share) * (mean - self.mean).square(), share)
+        self.mean.lerp_(mean, share)
         self.steps += 1
+
+
+def standardised(features: Tensor, statistics: Statistics) -> Tensor:
+    mean, variance = statistics
+    return (features - mean) * (variance + EPSILON).rsqrt()
+
+
+def update_standards(module: nn.Module, group: Any = None) -> None:
+    """Updates all that a module has; after each step, collective over `group`."""
+    for each in module.modules():
+        if isinstance(each, RunningStandard):
+            each.update(group)
+
+
+def _moments(features: Tensor) -> Statistics:
+    variance, mean = torch.var_mean(features.detach(), dim=0, correction=0)
+    return mean, variance

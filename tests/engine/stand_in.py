@@ -17,7 +17,7 @@ from voxtrast.kernels import bank_info_nce
 from voxtrast.methods import METHODS, AppearanceRanges, Backbone, BackboneConfig, Batch, Method, View, ViewSpec
 from voxtrast.methods.parts.across_ranks import gather_parts
 from voxtrast.methods.parts.feature_bank import FeatureBank
-from voxtrast.methods.parts.heads import pooled, predictor, projector
+from voxtrast.methods.parts.heads import pooled, projector
 from voxtrast.methods.parts.momentum_twin import MomentumTwin
 from voxtrast.methods.parts.monitors import EmbeddingMonitor
 
@@ -78,7 +78,9 @@ class StandIn(Method):
         self.config = config
         self.backbone = Backbone(backbone, decoder_blocks=0 if config.decoder == "frozen" else None)
         wide = backbone.features[-1]
-        self.head = predictor(wide, 8) if config.batch_norm else projector(wide, 8, wide)
+        self.head = projector(wide, 8, wide)
+        if config.batch_norm:
+            self.head.insert(1, nn.BatchNorm1d(8))
         self.twin = MomentumTwin(Encoder(self.backbone, self.head), config.momentum)
         self.bank = FeatureBank(config.bank, wide)
         self.spread = EmbeddingMonitor(wide, window=6)

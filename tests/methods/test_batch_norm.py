@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from voxtrast.methods.parts.batch_norm import GlobalBatchNorm, Predictor
+from voxtrast.methods.parts.batch_norm import GlobalBatchNorm
+from voxtrast.methods.parts.heads import Predictor
 
 RANKS = 2
 

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from voxtrast.methods import Backbone, BackboneConfig
 from voxtrast.methods.parts.instance_discrimination import MomentumContrast, barlow_twins_loss, simsiam_loss
-from voxtrast.methods.parts.running_standard import RunningStandard
 
 SMALL = BackboneConfig(dimensions=2, features=[4, 8, 8], encoder_blocks=[1], decoder_blocks=[1])
 
@@ -110,18 +109,3 @@ def test_barlow_twins_is_the_formula(case: str) -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
     for found, wanted in zip(narrow, wide, strict=True):
         assert_same_gradient(found.grad, wanted.grad, floor=1.0)
-
-
-def test_running_standard_averages_first_equally_then_forgets() -> None:
-    standard = RunningStandard(2, momentum=0.5)
-    batches = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))
-    for batch in batches:
-        standard(batch)
-        standard.update()
-    means = batches.mean(1)
-    expected = ((means[0] + means[1]) / 2 + means[2]) / 2 / 2 + means[3] / 2
-    torch.testing.assert_close(standard.mean, expected)
-    standard.eval()
-    assert torch.equal(standard(batches[0]), (batches[0] - standard.mean) * (standard.square + 1e-6).rsqrt())
-    standard.update()
-    torch.testing.assert_close(standard.mean, expected)
