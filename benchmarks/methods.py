@@ -98,7 +98,6 @@ def row_of(path: Path) -> dict[str, Any]:
     before, after = spread(build_method(config), batches, 0), spread(run.method, batches, run.step)
     views = run.method.views.views
     seconds = [config.train.global_batch / line["samples_per_second"] for line in log[1:] or log]
-    losses = [line["loss"] for line in log]
     trained = sum(p.numel() for p in run.method.parameters() if p.requires_grad)
     return {
         "op": f"training of {config.recipe}",
@@ -114,21 +113,32 @@ def row_of(path: Path) -> dict[str, Any]:
         "samples_a_second": config.train.global_batch / statistics.median(seconds),
         "data_wait": statistics.mean(line["data_wait"] for line in log),
         "memory_mb": max(line["memory_mb"] for line in log),
-        "loss": [statistics.mean(losses[:ENDS]), statistics.mean(losses[-ENDS:])],
+        "losses": losses_of(log),
         "std": [before.get("std"), after.get("std")],
         "rank": [before.get("rank"), after.get("rank")],
         "warnings": sum("warning" in line for line in log),
     }
 
 
+def losses_of(log: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Each term's mean over the first and the last steps that had it; the sum's too, of a run of a single stage."""
+    whole = [] if any("stage" in line for line in log) else ["loss"]
+    names = whole + sorted({name for line in log for name in line if name.startswith(("loss/", "adversary/"))})
+    found = {}
+    for name in names:
+        values = [line[name] for line in log if name in line]
+        found[name.removeprefix("loss/")] = [statistics.mean(values[:ENDS]), statistics.mean(values[-ENDS:])]
+    return found
+
+
 HEADINGS = (
     "recipe", "store", "steps x batch", "parameters, M", "views a step", "s a step", "samples/s", "MB",
-    "loss", "embedding std", "effective rank", "warnings",
+    "losses", "embedding std", "effective rank", "warnings",
 )  # fmt: skip
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    def pair(numbers: list[float | None], form: str) -> str:
+    def pair(numbers: Sequence[float | None], form: str) -> str:
         return " -> ".join("-" if number is None else format(number, form) for number in numbers)
 
     lines = [HEADINGS, ("---",) * len(HEADINGS)]
@@ -142,7 +152,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['median_s']:.2f}",
             f"{row['samples_a_second']:.2f}",
             f"{row['memory_mb']:.0f}",
-            pair(row["loss"], ".4g"),
+            "; ".join(f"{name} {pair(ends, '.4g')}" for name, ends in row["losses"].items()),
             pair(row["std"], ".3f"),
             pair(row["rank"], ".1f"),
             str(row["warnings"]),

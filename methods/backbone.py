@@ -172,7 +172,7 @@ class Backbone(nn.Module):
                 f"trains {self.decoder_blocks}; add levels, or train fewer"
             )
         # The class count is the downstream task's; these layers get no gradient and are never exported.
-        untrained = (*self.architecture.last_layers, *self._untrained_parts())
+        untrained = (*self.architecture.last_layers, *self._untrained_parts(self.decoder_blocks))
         for name, parameter in self.network.named_parameters(remove_duplicate=False):
             if name.startswith(untrained):
                 parameter.requires_grad_(False)
@@ -215,14 +215,15 @@ class Backbone(nn.Module):
     def transferable(self) -> dict[str, Tensor]:
         return transferable_state(self.network)
 
-    def untrained(self) -> list[str]:
-        """Names in `transferable` that no loss reaches: the blocks of the decoder that are not trained."""
-        parts = self._untrained_parts()
+    def untrained(self, blocks: int | None = None) -> list[str]:
+        """Names in `transferable` that no loss reaches where the first `blocks` of the decoder run; by default those
+        that are trained."""
+        parts = self._untrained_parts(self.decoder_blocks if blocks is None else blocks)
         return [name for name in self.transferable() if name.startswith(parts)]
 
-    def _untrained_parts(self) -> tuple[str, ...]:
-        """Prefixes of the names of the decoder's blocks that are not trained."""
-        blocks = range(self.decoder_blocks, self.config.levels - 1)
+    def _untrained_parts(self, first: int) -> tuple[str, ...]:
+        """Prefixes of the names of the decoder's blocks from one on."""
+        blocks = range(first, self.config.levels - 1)
         return tuple(f"{part}." for block in blocks for part in self.architecture.decoder_parts(block))
 
 

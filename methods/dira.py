@@ -215,6 +215,9 @@ class Dira(Method):
             )
         return {"clipped_fraction": share}
 
+    def weights_loaded(self, step: int) -> None:
+        self.discrimination.begin_anew(self.backbone, self.generator(step, "bank"))
+
     def warning(self, step: int, numbers: Mapping[str, float]) -> str | None:
         return self.watch.see(step, numbers)
 
@@ -229,9 +232,7 @@ class Dira(Method):
         return self.backbone.transferable()
 
     def untrained(self) -> list[str]:
-        if self._restores():
-            return self.backbone.untrained()
-        return [name for name in self.transferable() if name.startswith("decoder")]
+        return self.backbone.untrained(None if self._restores() else 0)
 
     def _restores(self) -> bool:
         return self.schedule.ever("restorative") or self.schedule.ever("adversarial")

@@ -177,7 +177,8 @@ class JCL(Method):
         return self.backbone.transferable()
 
     def untrained(self) -> list[str]:
-        return self.backbone.untrained()
+        decodes = self.schedule.ever("global") or self.schedule.ever("dense")
+        return self.backbone.untrained(None if decodes else 0)
 
     @torch.no_grad()
     def _monitor(self, window: EmbeddingMonitor, vectors: Tensor, loss: Tensor, prefix: str = "") -> None:

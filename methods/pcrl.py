@@ -48,7 +48,7 @@ from .parts.feature_bank import FeatureBank
 from .parts.heads import pooled, projector
 from .parts.momentum_twin import MomentumTwin
 from .parts.monitors import CollapseWatch, EmbeddingMonitor
-from .parts.running_standard import RunningStandard, Statistics, standardised
+from .parts.running_standard import RunningStandard, Statistics, forget_standards, standardised
 from .views import View, ViewSpec
 
 TARGETS = ("augmented", "clean")
@@ -103,6 +103,8 @@ class Pcrl(Method):
         self.projector_twin = MomentumTwin(self.projector, config.momentum)
         self.bank = FeatureBank(config.bank_size, config.embedding, "uniform")
         self.register_buffer("normalizer", torch.zeros(1))
+        self._fixed = False
+        self.register_load_state_dict_post_hook(_ask_again)
         self.standard = RunningStandard(channels, momentum=0.95)
         self.monitor = EmbeddingMonitor(config.embedding)
         self.watch = CollapseWatch(
@@ -111,10 +113,11 @@ class Pcrl(Method):
         self.views = ViewSpec(crop=tuple(views.crop), views={"x1": views.x1, "x2": views.x2})
 
     def check_training(self, global_batch: int, parts: int) -> None:
-        if 3 * global_batch > self.config.bank_size:
+        keys = 3 * max(global_batch, *(stage.global_batch or 0 for stage in self.schedule.stages))
+        if keys > self.config.bank_size:
             raise ValueError(
-                f"method.bank_size: each step pushes 3 keys a sample, {3 * global_batch} of them, over the "
-                f"{self.config.bank_size} of the bank; take at least {3 * global_batch}, or lower train.global_batch"
+                f"method.bank_size: each step pushes 3 keys a sample, {keys} of them, over the "
+                f"{self.config.bank_size} of the bank; take at least {keys}, or lower train.global_batch"
             )
         if self._apart and parts > rank_and_size(self.group)[1]:
             raise ValueError(
@@ -237,7 +240,14 @@ class Pcrl(Method):
         return self.backbone.transferable()
 
     def untrained(self) -> list[str]:
-        return self.backbone.untrained()
+        return self.backbone.untrained(None if self.schedule.ever("restoration") else 0)
+
+    def weights_loaded(self, step: int) -> None:
+        self.backbone_twin.copy(self.backbone)
+        self.bank.forget(self.generator(step, "bank"))
+        self.normalizer.zero_()
+        self._fixed = False
+        forget_standards(self)
 
     @property
     def _apart(self) -> bool:
@@ -311,8 +321,10 @@ class Pcrl(Method):
         return key
 
     def _measured(self) -> bool:
-        """Whether a first batch has fixed the normaliser and the first statistics."""
-        return self.normalizer.item() > 0
+        """Whether a first batch has fixed the normaliser and the first statistics; the device is asked once."""
+        if not self._fixed:
+            self._fixed = self.normalizer.item() > 0
+        return self._fixed
 
     def _statistics(self, batch: Batch, features: Tensor, known: bool) -> Statistics | None:
         if not self.config.standardise:
@@ -340,6 +352,10 @@ class Pcrl(Method):
         if self.training:
             self.normalizer.copy_(mean)
         return mean
+
+
+def _ask_again(method: Pcrl, _: object) -> None:
+    method._fixed = False
 
 
 def unit(vectors: Tensor) -> Tensor:

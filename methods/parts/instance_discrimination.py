@@ -16,7 +16,7 @@ from .across_ranks import rank_and_size, sum_over_ranks
 from .feature_bank import FeatureBank
 from .heads import Predictor, pooled, projector
 from .momentum_twin import MomentumTwin
-from .running_standard import update_standards
+from .running_standard import forget_standards, update_standards
 
 Found = tuple[list[Tensor], Tensor, Tensor]  # maps, embeddings, loss
 _EPSILON = 1e-5  # of a variance, as in batch norm
@@ -72,6 +72,12 @@ class MomentumContrast(nn.Module):
         update_standards(self, group)
         self.bank.push(group)
 
+    def begin_anew(self, backbone: Backbone, generator: torch.Generator) -> None:
+        """The twin follows another network now, of which the bank has no key."""
+        self.key_backbone.copy(backbone)
+        self.bank.forget(generator)
+        forget_standards(self)
+
 
 class SimSiam(nn.Module):
     """L = -(cos(p1, z2) + cos(p2, z1)) / 2 with p = predictor(z) and no gradient to the z on the right."""
@@ -88,6 +94,9 @@ class SimSiam(nn.Module):
         return maps, z1, simsiam_loss(p1, p2, z1, z2)
 
     def after_step(self, backbone: Backbone, group: Any) -> None:
+        pass
+
+    def begin_anew(self, backbone: Backbone, generator: torch.Generator) -> None:
         pass
 
 
@@ -109,6 +118,9 @@ class BarlowTwins(nn.Module):
         return maps, z1, barlow_twins_loss(z1, z2, self.off_diagonal, group)
 
     def after_step(self, backbone: Backbone, group: Any) -> None:
+        pass
+
+    def begin_anew(self, backbone: Backbone, generator: torch.Generator) -> None:
         pass
 
 

@@ -89,6 +89,15 @@ def update_standards(module: nn.Module, group: Any = None) -> None:
             each.update(group)
 
 
+def forget_standards(module: nn.Module) -> None:
+    """All that a module has begin anew."""
+    for each in module.modules():
+        if isinstance(each, RunningStandard):
+            each.mean.zero_()
+            each.variance.fill_(1)
+            each.steps.zero_()
+
+
 def _moments(features: Tensor) -> Statistics:
     variance, mean = torch.var_mean(features.detach(), dim=0, correction=0)
     return mean, variance
