@@ -20,8 +20,10 @@ A place is contrasted with the same place of other images alone: 2B - 2 negative
 batch, that is little, and what is told apart at a place is hardly more than whose volume it is; the more ranks share
 a batch the better.
 
-The backbone of the recipes has batch norm, as the official one. Instance and group norm take its own mean from every
-image: embeddings of images begin all but equal, and at the image level stay so (measured; the monitors say it).
+The official backbone has batch norm, over all GPUs; CPU ranks cannot share it, nor do nnU-Net's plans know it. Instance
+and group norm take its own mean from every image: embeddings of images begin all but equal, and at the image level stay
+so (measured; the monitors say it). With `standardise` both projectors are preceded by running averages, which take away
+what the pooled maps have in common: the embeddings stay apart, and the image level learns, slower than with batch norm.
 
 Departures from the official code, with reasons:
 - Negatives come from all ranks, so that a result does not depend on how many there are (`negatives: local` for theirs).
@@ -29,6 +31,7 @@ Departures from the official code, with reasons:
 - The decoder runs the blocks that are trained; the code runs four and discards two, and saves those, at their initial
   values, as pretrained. Ours are named (`untrained`) and left out downstream.
 - Views of one size share one forward, with batch norm their statistics: two forwards in all, where the code runs four.
+- `standardise` and instance norm in the recipes `-tiny` and `-3d`, for the reasons above.
 - Images and maps shrink with voxel cells aligned and the images without aliasing (the code: corners aligned), so that
   a voxel of the small one is the region of the large one that the strided convolutions make it answer for.
 - Of code and paper, which differ: the image vector of the dominant branch comes from the decoder, and the denominator
@@ -50,6 +53,7 @@ from .parts.crops import check_crop
 from .parts.heads import pooled, projector
 from .parts.monitors import REMEDY, CollapseWatch, EmbeddingMonitor
 from .parts.positional_contrast import ContrastConfig, PositionalContrast
+from .parts.running_standard import update_standards
 from .pcl import check_place, enlarged
 from .views import Boxes, View, ViewSpec
 
@@ -70,6 +74,7 @@ class JCLConfig(ContrastConfig):
     global_weight: float = 1.0
     dense_weight: float = 0.5
     consistency_weight: float = 1.0
+    standardise: bool = False  # pooled maps before the projectors; see parts/running_standard.py
 
 
 class PixelProjector(nn.Sequential):
@@ -108,11 +113,12 @@ class JCL(Method):
         self.backbone = Backbone(backbone, config.decoder_blocks)
         last, decoded = self.backbone.encoder_channels[-1], self.backbone.decoder_channels[config.decoder_blocks]
         self.pixel_projector = PixelProjector(last, decoded, backbone)
-        self.auxiliary_projector = projector(last, decoded, config.channels)
-        self.dominant_projector = projector(decoded, decoded, config.channels)
+        self.auxiliary_projector = projector(last, decoded, config.channels, config.standardise)
+        self.dominant_projector = projector(decoded, decoded, config.channels, config.standardise)
         self.embeddings = EmbeddingMonitor(config.channels)
         self.dense_embeddings = EmbeddingMonitor(decoded)
-        self.watches = CollapseWatch(REMEDY), CollapseWatch(REMEDY, "dense_")
+        of_images = REMEDY + ("" if config.standardise else ", or set method.standardise=true")
+        self.watches = CollapseWatch(of_images), CollapseWatch(REMEDY, "dense_")
         small = [round(size * views.dominant_scale) for size in views.crop]
         self.views = ViewSpec(
             crop=tuple(views.crop),
@@ -154,6 +160,7 @@ class JCL(Method):
         return {name: weight * losses[name] for name, weight in weights.items()}
 
     def after_step(self, step: int) -> None:
+        update_standards(self, self.group)
         self.embeddings.update(step, self.group)
         self.dense_embeddings.update(step, self.group)
 

@@ -1,7 +1,10 @@
+import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_positional_contrast import formula
 from torch import Tensor
 from torch.nn import functional
@@ -10,6 +13,7 @@ from voxtrast.engine.config import load_config
 from voxtrast.engine.data.view_checks import check_spec
 from voxtrast.methods import BackboneConfig, View
 from voxtrast.methods.jcl import JCL, JCLConfig, JCLViews, consistency, per_place
+from voxtrast.methods.parts.monitors import embedding_std
 from voxtrast.methods.stages import Stage
 from voxtrast.methods.views import AffineRanges, AppearanceRanges, Blur, ElasticRanges, InPaint
 
@@ -122,6 +126,42 @@ def test_a_consistent_encoder_has_no_consistency_loss() -> None:
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
+def test_standardised_the_global_loss_is_the_formula_of_maps_relative_to_those_of_earlier_steps(
+    dimensions: int,
+) -> None:
+    method = small_jcl(dimensions, standardise=True)
+    expected, past = [], None
+    for step in range(2):
+        batch = small_batch(method, seed=step)
+        maps = {name: value.detach().double() for name, value in branches(method, batch).items()}
+        pooled = [maps[name].flatten(2).mean(-1) for name in ("va", "vdecoded")]
+        relative = pooled  # in the first step nothing is known
+        if past is not None:
+            relative = [
+                (features - before.mean(0)) / (before.var(0, correction=0) + 1e-8).sqrt()
+                for features, before in zip(pooled, past, strict=True)
+            ]
+        heads = [copy.deepcopy(head)[1:].double() for head in (method.auxiliary_projector, method.dominant_projector)]
+        images = torch.cat([head(features) for head, features in zip(heads, relative, strict=True)])
+        expected.append(formula(images, POSITION, 0.1, 0.1, 0.1 / 0.07).item())
+        assert method(batch, step)["global"].item() == pytest.approx(expected[-1], rel=1e-5)
+        method.after_step(step)
+        past = pooled
+    assert expected[0] != pytest.approx(expected[1], rel=0.01)
+
+
+def test_standardised_embeddings_behind_instance_norm_do_not_begin_as_one() -> None:
+    spread = {}
+    for standardise in (False, True):
+        method = small_jcl(standardise=standardise)
+        for step in range(2):
+            method(small_batch(method, seed=step), step)
+            method.after_step(step)
+        spread[standardise] = embedding_std(method.embeddings.window.vectors[5:10]).item()
+    assert spread[True] > 4 * spread[False]
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
 def test_every_trained_parameter_gets_a_gradient(dimensions: int) -> None:
     method = small_jcl(dimensions)
     torch.stack(list(method(small_batch(method), 0).values())).sum().backward()
@@ -199,7 +239,7 @@ def test_what_no_active_term_needs_is_not_computed(terms: list[str], needless: t
 
 @pytest.mark.parametrize("norm", ["instance", "group", "batch"])
 def test_evaluation_changes_no_state(norm: str) -> None:
-    method = small_jcl(norm=norm).eval()
+    method = small_jcl(norm=norm, standardise=True).eval()
     before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
     method(small_batch(method), 0)
     method.after_step(0)
@@ -220,12 +260,48 @@ def train(method: JCL, steps: range) -> list[float]:
 
 
 def test_a_state_taken_in_the_middle_continues_to_the_same_loss_and_monitors() -> None:
-    method, resumed = small_jcl(), small_jcl()
+    method, resumed = small_jcl(standardise=True), small_jcl(standardise=True)
     train(method, range(3))
     resumed.load_state_dict({name: tensor.clone() for name, tensor in method.state_dict().items()})
     assert train(resumed, range(3, 5)) == train(method, range(3, 5))
     assert torch.equal(resumed.embeddings.window.vectors, method.embeddings.window.vectors)
     assert torch.equal(resumed.dense_embeddings.window.vectors, method.dense_embeddings.window.vectors)
+
+
+def on_one_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    method = small_jcl(standardise=True)
+    method.group = dist.group.WORLD
+    torch.save(two_steps(method, slice(2 * rank, 2 * rank + 2)), Path(folder, f"rank{rank}"))
+    dist.destroy_process_group()
+
+
+def two_steps(method: JCL, rows: slice) -> list[dict[str, Tensor]]:
+    for step in range(2):
+        method.zero_grad()
+        batch = {name: value[rows] for name, value in small_batch(method, 4, seed=step).items()}
+        losses = method(batch, step)
+        torch.stack(list(losses.values())).sum().backward()
+        method.after_step(step)
+    gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
+    return [{name: loss.detach() for name, loss in losses.items()}, gradients, dict(method.named_buffers())]
+
+
+@pytest.mark.slow  # starts two processes
+def test_with_instance_norm_two_ranks_are_one_process(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(on_one_rank, args=(str(tmp_path),), nprocs=2)
+    losses, gradients, buffers = two_steps(small_jcl(standardise=True), slice(0, 4))
+    ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(2)]
+    for place, expected in enumerate((losses, gradients)):
+        for name, value in expected.items():
+            mean = (ranks[0][place][name] + ranks[1][place][name]) / 2
+            assert (mean - value).norm() <= 1e-5 * value.norm(), name
+    standards = [name for name in buffers if "projector" in name]
+    assert len(standards) == 6
+    for rank in ranks:
+        for name in standards:
+            torch.testing.assert_close(rank[2][name], buffers[name], rtol=1e-5, atol=1e-8, msg=name)
 
 
 def test_the_small_views_are_drawn_with_their_lengths_scaled() -> None:
@@ -305,3 +381,10 @@ def test_of_the_two_published_learning_rates_the_recipe_has_the_one_of_the_scrip
     """The paper's 0.1 is the one that collapses PCL."""
     config = load_config("jcl-2d-paper")
     assert (config.optimizer.name, config.optimizer.learning_rate) == ("sgd", 0.01)
+
+
+def test_where_ranks_and_nnunet_need_instance_norm_the_image_level_is_standardised() -> None:
+    found = [load_config(f"jcl-{recipe}") for recipe in ("tiny", "3d", "2d-paper")]
+    assert [(config.backbone.norm, config.method.standardise) for config in found] == [
+        ("instance", True), ("instance", True), ("batch", False),
+    ]  # fmt: skip
