@@ -57,9 +57,16 @@ def batches_aside(run: LoadedRun) -> Iterator[Batch]:
 
 @contextmanager
 def embeddings_seen() -> Iterator[list[Tensor]]:
-    """What methods show their monitors while this lasts."""
+    """What methods show their monitors while this lasts: that which is asked first, where there are several."""
     seen: list[Tensor] = []
-    with mock.patch.object(EmbeddingMonitor, "see", lambda _, vectors: seen.append(vectors.detach().float())):
+    asked: list[EmbeddingMonitor] = []
+
+    def see(monitor: EmbeddingMonitor, vectors: Tensor) -> None:
+        asked.append(monitor)
+        if monitor is asked[0]:
+            seen.append(vectors.detach().float())
+
+    with mock.patch.object(EmbeddingMonitor, "see", see):
         yield seen
 
 
