@@ -11,7 +11,8 @@ are positives of each other; all others of the batch are negatives. Only the enc
 tau = temperature, t = threshold, scale = loss_scale. In 3-D a sample is a slab, and its position that of its centre.
 
 Departures from the official code, with reasons:
-- Negatives come from all ranks, so that a result does not depend on how many there are (`negatives: local` for theirs).
+- Negatives come from all ranks, as in their code, whose loss sees the gathered batch of all GPUs; `negatives: local`
+  keeps to each rank's own.
 - Both views pass through the encoder in one forward; with batch norm they share their statistics, where the code runs
   one forward a view.
 - The position of slice i of n is i/(n-1) where theirs is (i+1)/n: both ends are the same for thick and thin volumes.

@@ -22,7 +22,8 @@ Departures from the official code, with reasons:
   that the drawn scale needs; with a batch norm in the backbone each view has a pass of its own, as in the code.
 - Batch norms of the heads see the whole batch, on however many ranks.
 - The official code leaves out 3-D steps with a loss above 1000; here a step whose loss is not finite ends the run.
-- The decoder is exported as well; the official 2-D code saves the encoder alone. Its kernels for skips are initial.
+- The decoder is exported as well; the official 2-D code saves the encoder alone. Its kernels for skips
+  have no gradient: initial values, which decoupled decay (adamw) hardly shrinks, and `adam` with decay takes to zero.
 """
 
 from collections.abc import Mapping, Sequence

@@ -135,6 +135,12 @@ def test_the_distortions_of_dira_are_the_official_ones() -> None:
     kinds = {"pixel_shuffle", "bezier", "in_paint", "out_paint"}
     of_volumes = [plan.views["x1"] for plan in planned("dira-3d", THORAX, 60)]
     assert {tuple(step.kind for step in view.steps) for view in of_volumes} == {(kind,) for kind in kinds}
+    # One box: of 10 to 20 voxels a side, or of all but that.
+    painted = [step for view in of_volumes for step in view.steps if "paint" in step.kind]
+    for step in painted:
+        sides = step.boxes[0, 3:] if step.kind == "in_paint" else np.array([32, 64, 64]) - step.boxes[0, 3:]
+        assert len(step.boxes) == 1
+        assert ((sides >= 10) & (sides <= 20)).all()
     kinds = {"cut_out", "cut_out_outside", "patch_swap"}
     of_slices = [{step.kind for step in plan.views["x1"].steps} & kinds for plan in planned("dira-2d-paper", CHEST, 60)]
     assert all(len(found) <= 1 for found in of_slices)
