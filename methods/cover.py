@@ -26,7 +26,7 @@ Departures from the official code, with reasons:
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,8 @@ from .backbone import Backbone, BackboneConfig
 from .method import Batch, Method
 from .parts.monitors import REMEDY, CollapseWatch, EmbeddingMonitor
 from .views import AffineRanges, AppearanceRanges, View, ViewSpec
+
+Maps = Sequence[Tensor]
 
 
 def cover_appearance() -> AppearanceRanges:
@@ -131,16 +133,20 @@ class Cover(Method):
         )
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        predicted, fixed_features, moving_features = self._match(batch["fixed"], batch["moving"])
+        weights = self.weights(step)
+        fixed, moving = self._maps(batch["fixed"], batch["moving"])
         displacement, mask = batch["displacement"], batch["mask"]
         share = batch.get("share", {}).get("valid_voxels", 1.0)
-        self._monitor(predicted, displacement, mask, share)
-        self._watch_over(fixed_features)
-        losses = {
-            "vector": vector_regression_loss(predicted, displacement, mask),
-            "consistency": warped_cosine_loss(fixed_features, moving_features, displacement, mask),
-        }
-        return {name: weight * share * losses[name] for name, weight in self.weights(step).items()}
+        self.monitors = {"valid_fraction": mask.mean()}
+        self._watch_over(fixed[-1])
+        losses = {}
+        if "vector" in weights:
+            predicted = self._match(fixed, moving)
+            self._monitor(predicted, displacement, mask, share)
+            losses["vector"] = vector_regression_loss(predicted, displacement, mask)
+        if "consistency" in weights:
+            losses["consistency"] = warped_cosine_loss(fixed[-1], moving[-1], displacement, mask)
+        return {name: weight * share * losses[name] for name, weight in weights.items()}
 
     def after_step(self, step: int) -> None:
         self.embeddings.update(step, self.group)
@@ -178,25 +184,24 @@ class Cover(Method):
     @torch.no_grad()
     def inspect(self, batch: Batch) -> dict[str, Tensor]:
         """The recovered displacement (B, D, *S) and the full-resolution features of the fixed view (B, C, *S)."""
-        predicted, fixed_features, _ = self._match(batch["fixed"], batch["moving"])
-        return {"displacement": predicted, "features": fixed_features}
+        fixed, moving = self._maps(batch["fixed"], batch["moving"])
+        return {"displacement": self._match(fixed, moving), "features": fixed[-1]}
 
     def transferable(self) -> dict[str, Tensor]:
         return self.backbone.transferable()
 
-    def _match(self, fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Displacement and the full-resolution maps of both views, which share one pass through the network."""
+    def _maps(self, fixed: Tensor, moving: Tensor) -> tuple[Maps, Maps]:
+        """The decoder's maps of both views, coarse to fine; they share one pass through the network."""
         _, maps = self.backbone(torch.cat((fixed, moving)))
         count = fixed.shape[0]
-        projected = [project(each) for project, each in zip(self.projections, maps, strict=True)]
-        predicted = vector_pyramid(
-            [each[:count] for each in projected],
-            [each[count:] for each in projected],
-            radius=self.config.radius,
-            units=self.config.units,
-            heads=list(self.heads),
-        )
-        return predicted, maps[-1][:count], maps[-1][count:]
+        return [each[:count] for each in maps], [each[count:] for each in maps]
+
+    def _match(self, fixed: Maps, moving: Maps) -> Tensor:
+        """psi' of the maps of both views."""
+        projected = [
+            [project(each) for project, each in zip(self.projections, maps, strict=True)] for maps in (fixed, moving)
+        ]
+        return vector_pyramid(*projected, radius=self.config.radius, units=self.config.units, heads=list(self.heads))
 
     def _far(self, displacement: Tensor) -> Tensor:
         """1 where a component is beyond the pyramid's reach: (B, 1, *S)."""
@@ -207,11 +212,10 @@ class Cover(Method):
         def mean(values: Tensor) -> Tensor:
             return share * (values * mask).sum() / mask.sum().clamp(min=1)
 
-        self.monitors = {
+        self.monitors |= {
             "displacement_error": mean((predicted.float() - displacement).norm(dim=1, keepdim=True)),
             "zero_error": mean(displacement.norm(dim=1, keepdim=True)),
             "unreachable_fraction": mean(self._far(displacement)),
-            "valid_fraction": mask.mean(),
         }
 
     @torch.no_grad()

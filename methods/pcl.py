@@ -57,7 +57,10 @@ class PCL(Method):
 
     def __init__(self, config: PCLConfig, backbone: BackboneConfig, views: PCLViews) -> None:
         super().__init__({"contrast": config.contrast_weight})
-        check_crop(views.view.size or views.crop, backbone)
+        if views.view.size is None:
+            check_crop(views.crop, backbone)
+        else:
+            check_crop(views.view.size, backbone, name="views.view.size")
         check_place("views.view", views.view, views.crop, config)
         self.config = config
         self.contrast = PositionalContrast(config, views.crop)

@@ -7,9 +7,9 @@ has no skip connections, so that everything passes through all scales.
     L = MSE(out(x1), g1)                                        restoration
         + sim_s(x1, x2)                                         similarity
         + beta MSE(mid_s(x1), g1)                               mid_restoration: the same s; beta = its weight
-        + 1/(2 n) sum over n local views l, v = 1, 2 of sim_r(l, xv)      local_similarity
+        + 1/(2 n) sum over n local views l, v = 1, 2 of sim_r(l, xv)      local_similarity: an r for each (l, v)
     sim_s(a, b) = -(cos(p_a, sg z_b) + cos(p_b, sg z_a)) / 2
-    z = BN(GAP(map of scale s)), p = predictor(z);  s and r uniform over the scales, drawn once a step
+    z = BN(GAP(map of scale s)), p = predictor(z);  s and the 2 n r uniform over the scales, drawn anew in each step
 
 In code: g1 = x1_clean, a `Scale` holds BN, predictor and image head of one decoder map, beta is the weight of
 `mid_restoration` (recipes: a stage whose weight falls from 1 to 0 as a cosine).
@@ -19,14 +19,14 @@ Departures from the official code, with reasons:
 - Images are restored without a sigmoid: a store holds z-scores (MR) or HU / 1000 (CT), not [0, 1]. The 3-D image heads
   have no batch norm either: of one channel it would set the contrast of the whole batch.
 - Scales that are not drawn have no image computed. Of the second view and the local ones only the blocks are run
-  that the drawn scale needs; with a batch norm in the backbone each view has a pass of its own, as in the code.
+  that the drawn scales need; with a batch norm in the backbone each view has a pass of its own, as in the code.
 - Batch norms of the heads see the whole batch, on however many ranks.
 - The official code leaves out 3-D steps with a loss above 1000; here a step whose loss is not finite ends the run.
-- The decoder is exported as well; the official 2-D code saves the encoder alone. Its kernels for skips
-  have no gradient: initial values, which decoupled decay (adamw) hardly shrinks, and `adam` with decay takes to zero.
+- The decoder is exported as well; the official 2-D code saves the encoder alone. Its kernels for skips have no
+  gradient, so they are the initial ones but for weight decay: adamw and sgd scale them down, adam drives them to 0.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -39,10 +39,12 @@ from .parts.across_ranks import rank_and_size
 from .parts.batch_norm import GlobalBatchNorm
 from .parts.heads import Predictor, pooled
 from .parts.monitors import CollapseWatch, EmbeddingMonitor
+from .stages import Stage
 from .views import View, ViewSpec
 
 Maps = Sequence[Tensor]
 Embedding = tuple[Tensor, Tensor]  # p and z
+Embeddings = Mapping[int, Embedding]  # by scale
 
 
 @dataclass
@@ -122,6 +124,14 @@ class PcrlV2(Method):
             views={"x1": views.x1, "x2": views.x2, **dict.fromkeys(self.local_names, views.local)},
         )
 
+    def set_stages(self, stages: Sequence[Stage], steps: int) -> None:
+        super().set_stages(stages, steps)
+        if not self.local_names and self.schedule.ever("local_similarity"):
+            raise ValueError(
+                "views.local_count: a stage has the term local_similarity, which needs at least 1 local view, got 0; "
+                "take 6, or leave the term out"
+            )
+
     def check_training(self, global_batch: int, parts: int) -> None:
         if global_batch < 2:
             raise ValueError(
@@ -136,20 +146,23 @@ class PcrlV2(Method):
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         weights = self.weights(step)
-        s, r = self._scale(step, "similarity"), self._scale(step, "local_similarity")
-        x1, x2, local = self._maps(batch, weights, s, r)
+        s = self._drawn_scales(step, "similarity", 1)[0]
+        r = self._drawn_scales(step, "local_similarity", 2 * len(self.local_names))
+        compared = ({s} if "similarity" in weights else set()) | (set(r) if "local_similarity" in weights else set())
+        x1, x2, local = self._maps(batch, weights, compared, s)
+        views = [self._embed(maps, compared) for maps in (x1, x2)]
         g1 = batch["x1_clean"]
         losses = {}
         if "restoration" in weights:
             losses["restoration"] = functional.mse_loss(self.restore(x1[-1]), g1)
         if "similarity" in weights:
-            losses["similarity"] = similarity(self._embed(x1, s), self._embed(x2, s)) + self._unused("embed", s)
+            losses["similarity"] = similarity(views[0][s], views[1][s]) + self._unused("embed", {s})
         if "mid_restoration" in weights:
             image = self._heads(s).restored(x1[s], g1.shape[2:])
-            losses["mid_restoration"] = functional.mse_loss(image, g1) + self._unused("image", s)
+            losses["mid_restoration"] = functional.mse_loss(image, g1) + self._unused("image", {s})
         if "local_similarity" in weights:
-            views = [self._embed(x1, r), self._embed(x2, r)]
-            losses["local_similarity"] = local_similarity(self._embed(local, r), views) + self._unused("embed", r)
+            embedded = self._embed(local, set(r))
+            losses["local_similarity"] = local_similarity(embedded, views, r) + self._unused("embed", set(r))
         with torch.no_grad():
             self.monitor.see(self._heads(0).norm.frozen(pooled(x1[0]).float()))
         self.monitors = self.monitor.numbers()
@@ -178,21 +191,24 @@ class PcrlV2(Method):
         assert isinstance(heads, Scale)
         return heads
 
-    def _scale(self, step: int, purpose: str) -> int:
-        """The scale of a term, one for the whole batch."""
-        return int(torch.randint(len(self.scales), (), generator=self.generator(step, purpose)))
+    def _drawn_scales(self, step: int, purpose: str, count: int) -> list[int]:
+        """The scales of a term, the same for the whole batch."""
+        drawn: list[int] = torch.randint(len(self.scales), (count,), generator=self.generator(step, purpose)).tolist()
+        return drawn
 
-    def _maps(self, batch: Batch, weights: Mapping[str, float], s: int, r: int) -> tuple[Maps, Maps, Maps]:
-        """Decoder maps by scale of x1, x2 and all local views, as far as the active terms look at them."""
-        whole = len(self.scales)
-        blocks = [1, 0]
+    def _maps(self, batch: Batch, weights: Mapping[str, float], compared: Set[int], s: int) -> tuple[Maps, Maps, Maps]:
+        """Decoder maps by scale of x1, x2 and all local views, as far as the active terms look at them.
+
+        Args:
+            compared: the scales in which views are compared.
+            s: that of mid_restoration.
+        """
+        far = max(compared, default=-1) + 1
+        blocks = [max(1, far), far]
         if "restoration" in weights:
-            blocks[0] = whole
+            blocks[0] = len(self.scales)
         if "mid_restoration" in weights:
             blocks[0] = max(blocks[0], s + 1)
-        for term, scale in (("similarity", s), ("local_similarity", r)):
-            if term in weights:
-                blocks = [max(each, scale + 1) for each in blocks]
         images = [batch["x1"], batch["x2"]] if blocks[1] else [batch["x1"]]
         if len(images) == 1 or self.backbone.config.norm == "batch":
             encoded = [self.backbone.encode(image) for image in images]
@@ -202,13 +218,13 @@ class PcrlV2(Method):
         x1, *others = (self.backbone.decode(maps, count)[1:] for maps, count in zip(encoded, blocks, strict=False))
         local: Maps = []
         if "local_similarity" in weights:
-            local = self.backbone(torch.cat([batch[name] for name in self.local_names]), r + 1)[1][1:]
+            local = self.backbone(torch.cat([batch[name] for name in self.local_names]), far)[1][1:]
         return x1, others[0] if others else [], local
 
-    def _embed(self, maps: Maps, scale: int) -> Embedding:
-        return self._heads(scale).embed(maps[scale], self.group)
+    def _embed(self, maps: Maps, scales: Set[int]) -> Embeddings:
+        return {scale: self._heads(scale).embed(maps[scale], self.group) for scale in sorted(scales)}
 
-    def _unused(self, part: str, drawn: int) -> Tensor:
+    def _unused(self, part: str, drawn: Set[int]) -> Tensor:
         """0, with gradients of 0 for the heads that this step has not drawn: what an optimizer does to a parameter
         without gradient depends on the number of ranks."""
         heads = {"embed": ("norm", "predictor"), "image": ("image",)}[part]
@@ -217,7 +233,7 @@ class PcrlV2(Method):
             for index, scale in enumerate(self.scales)
             for head in heads
             for parameter in getattr(scale, head).parameters()
-            if index != drawn
+            if index not in drawn
         ]
         return 0.0 * torch.stack(unused).sum() if unused else torch.zeros((), device=self.restore.weight.device)
 
@@ -228,19 +244,19 @@ def similarity(a: Embedding, b: Embedding) -> Tensor:
     return -(cosine(p_a, z_b.detach()) + cosine(p_b, z_a.detach())).mean() / 2
 
 
-def local_similarity(local: Embedding, views: Sequence[Embedding]) -> Tensor:
-    """The mean of `similarity` over all pairs of a local and a global view.
+def local_similarity(local: Embeddings, views: Sequence[Embeddings], scales: Sequence[int]) -> Tensor:
+    """The mean of `similarity` over all pairs of a local and a global view, each at a scale of its own.
 
     Args:
         local: p and z of shape (n b, C), view after view.
         views: of each global view, (b, C).
+        scales: of the pairs, n len(views) of them: the first local view with each global one, then the second.
     """
-    count = len(local[0]) // len(views[0][0])
-    pairs = [
-        similarity((p, z), view)
-        for p, z in zip(local[0].chunk(count), local[1].chunk(count), strict=True)
-        for view in views
-    ]
+    count = len(scales) // len(views)
+    pairs = []
+    for pair, scale in enumerate(scales):
+        p, z = (each.chunk(count)[pair // len(views)] for each in local[scale])
+        pairs.append(similarity((p, z), views[pair % len(views)][scale]))
     return torch.stack(pairs).mean()
 
 

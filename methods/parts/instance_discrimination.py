@@ -145,15 +145,20 @@ def deep_projector(inputs: int, hidden: int, outputs: int, *, last_norm: bool) -
 
 
 def simsiam_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
-    first = functional.cosine_similarity(p1, z2.detach(), dim=1)
-    second = functional.cosine_similarity(p2, z1.detach(), dim=1)
-    return -0.5 * (first + second).mean()
+    """Of (b, C) each; float32 at least."""
+    with torch.autocast(p1.device.type, enabled=False):
+        p1, p2, z1, z2 = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (p1, p2, z1, z2))
+        first = functional.cosine_similarity(p1, z2.detach(), dim=1)
+        second = functional.cosine_similarity(p2, z1.detach(), dim=1)
+        return -0.5 * (first + second).mean()
 
 
 def barlow_twins_loss(z1: Tensor, z2: Tensor, off_diagonal: float, group: Any = None) -> Tensor:
-    """Of the embeddings (b, C) of two views, over the batch of all ranks of the group."""
+    """Of the embeddings (b, C) of two views, over the batch of all ranks of the group; float32 at least."""
     count = len(z1) * rank_and_size(group)[1]
-    correlation = sum_over_ranks(_standardised(z1, count, group).T @ _standardised(z2, count, group), group) / count
+    with torch.autocast(z1.device.type, enabled=False):  # in bfloat16, 1 - C_ii of views that agree is rounding alone
+        products = _standardised(z1, count, group).T @ _standardised(z2, count, group)
+    correlation = sum_over_ranks(products, group) / count
     diagonal = correlation.diagonal()
     others = correlation - torch.diag(diagonal)
     return (1 - diagonal).square().sum() + off_diagonal * others.square().sum()

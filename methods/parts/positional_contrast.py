@@ -30,7 +30,7 @@ class ContrastConfig:
     loss_scale: float | None = None  # temperature / 0.07 if not given: a factor of both official codes
     # position: |pos_j - pos_i| < t | own: the other view alone (SimCLR) | partition: the same quarter of a volume (GCL)
     positives: str = "position"
-    negatives: str = "global"  # global: all of the batch | local: those on the same rank, as published
+    negatives: str = "global"  # global: all of the batch | local: those on the same rank, as JCL's code
 
 
 class PositionalContrast:

@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from voxtrast.kernels import vector_pyramid_reference
-from voxtrast.methods import BackboneConfig
+from voxtrast.methods import BackboneConfig, cover
 from voxtrast.methods.cover import Cover, CoverConfig, CoverViews, Projection, UnitNorm
+from voxtrast.methods.stages import Stage
 
 SMALL = BackboneConfig(features=[8, 16, 16], encoder_blocks=[1], decoder_blocks=[1])
 
@@ -62,7 +63,7 @@ def test_projecting_before_the_warp_is_what_the_paper_writes_behind_it() -> None
     method = small_cover().double()
     torch.manual_seed(1)
     fixed, moving = torch.randn(2, 2, 1, 16, 16, 16, dtype=torch.float64)
-    predicted, _, _ = method._match(fixed, moving)
+    predicted = method._match(*method._maps(fixed, moving))
 
     def head_of(project: Projection, norm: UnitNorm) -> Callable[[Tensor], Tensor]:
         return lambda maps: norm.norm(functional.conv3d(maps, project.weight[..., None, None, None], norm.bias))
@@ -80,6 +81,24 @@ def test_every_trained_parameter_gets_a_gradient() -> None:
     torch.stack(list(method(small_batch(), 0).values())).sum().backward()
     without = [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
+
+
+@pytest.mark.parametrize("term", ["vector", "consistency"])
+def test_a_stage_without_a_term_does_not_compute_it(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, both, called = small_cover(), small_cover()(small_batch(), 0), []
+    for name in ("vector_pyramid", "vector_regression_loss", "warped_cosine_loss"):
+        kernel = getattr(cover, name)
+        monkeypatch.setattr(cover, name, lambda *a, n=name, k=kernel, **b: called.append(n) or k(*a, **b))
+    method.set_stages([Stage(terms={term: 1})], 10)
+    losses = method(small_batch(), 0)
+    assert set(losses) == {term}
+    assert losses[term].item() == pytest.approx(both[term].item(), rel=1e-6)
+    needed = {"vector": ["vector_pyramid", "vector_regression_loss"], "consistency": ["warped_cosine_loss"]}
+    assert called == needed[term]
+    displacement = {"displacement_error", "zero_error", "unreachable_fraction"}
+    assert displacement & set(method.monitors) == (displacement if term == "vector" else set())
+    assert "valid_fraction" in method.monitors
+    method.inspect(small_batch())  # has the displacement in any stage
 
 
 def test_a_batch_without_valid_voxels_has_no_loss_and_no_gradient() -> None:

@@ -109,3 +109,50 @@ def test_barlow_twins_is_the_formula(case: str) -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
     for found, wanted in zip(narrow, wide, strict=True):
         assert_same_gradient(found.grad, wanted.grad, floor=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_barlow_twins_near_its_optimum_is_the_formula_under_autocast(dtype: torch.dtype) -> None:
+    """1 - C_ii is small there: a correlation in bfloat16 leaves of it only its rounding."""
+    generator = torch.Generator().manual_seed(0)
+    z1 = torch.randn(32, 6, generator=generator)
+    z2 = (z1 + 0.02 * torch.randn(32, 6, generator=generator)).to(dtype).float()
+    z1 = z1.to(dtype).float()
+    narrow = [z.to(dtype).requires_grad_() for z in (z1, z2)]
+    wide = [z.double().requires_grad_() for z in (z1, z2)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, diagonal = barlow_twins_loss(*narrow, 0.005), barlow_twins_loss(*narrow, 0.0)
+    expected, expected_diagonal = barlow_formula(*wide, 0.005), barlow_formula(*wide, 0.0)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert expected_diagonal < 1e-4
+    # float32 has C_ii to 6e-8, and 1 - C_ii is 2e-4 here; what bfloat16 embeddings get as gradient is rounded to 2^-9.
+    limit = 2e-3 if dtype == torch.float32 else 8e-3
+    assert diagonal.item() == pytest.approx(expected_diagonal.item(), rel=limit)
+    found, wanted = torch.autograd.grad(diagonal, narrow), torch.autograd.grad(expected_diagonal, wide)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.double() - other).norm() <= limit * other.norm()
+
+
+def test_simsiam_is_the_formula_under_autocast_in_float32() -> None:
+    """Linear layers give bfloat16 there."""
+    leaves = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = simsiam_loss(*leaves)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(simsiam_formula(*leaves.double()).item(), rel=1e-6)
+
+
+def test_running_standard_averages_first_equally_then_forgets() -> None:
+    standard = RunningStandard(2, momentum=0.5)
+    batches = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))
+    for batch in batches:
+        standard(batch)
+        standard.update()
+    means = batches.mean(1)
+    expected = ((means[0] + means[1]) / 2 + means[2]) / 2 / 2 + means[3] / 2
+    torch.testing.assert_close(standard.mean, expected)
+    standard.eval()
+    assert torch.equal(standard(batches[0]), (batches[0] - standard.mean) * (standard.square + 1e-6).rsqrt())
+    standard.update()
+    torch.testing.assert_close(standard.mean, expected)

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from importlib import resources
 
 import pytest
 import torch
@@ -121,6 +122,13 @@ def test_a_view_in_3d_with_a_place_of_its_own_is_refused() -> None:
     PCL(PCLConfig(), FLAT, PCLViews(crop=[8, 8], view=View(box=BoxRanges(sides=[[8, 8]]))))
 
 
+@pytest.mark.parametrize("size", [[7, 8], [8, 8, 8]])
+def test_a_view_of_a_size_of_its_own_that_does_not_fit_is_named(size: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"^views\.view\.size: expected 2 multiples of 2"):
+        PCL(PCLConfig(), FLAT, PCLViews(crop=[8, 8], view=View(size=size)))
+    PCL(PCLConfig(), FLAT, PCLViews(crop=[7, 7], view=View(size=[8, 8])))  # what the network sees is the view
+
+
 @pytest.mark.parametrize(
     ("backbone", "crop", "message"),
     [
@@ -165,7 +173,19 @@ def test_the_recipes_build_a_method_that_takes_their_batch(recipe: str) -> None:
     method.check_volumes([(64, 512, 512)])
 
 
+RECIPES = sorted(
+    file.name.removesuffix(".yaml")
+    for file in resources.files("voxtrast.methods.recipes").iterdir()
+    if file.name.startswith(("pcl-", "jcl-"))
+)
+
+
 def test_the_published_learning_rate_that_collapses_is_in_no_recipe() -> None:
     """Users report the loss frozen at its collapse value with 0.1; 0.01 is what worked for them."""
-    config = load_config("pcl-2d-paper")
-    assert (config.optimizer.name, config.optimizer.learning_rate) == ("sgd", 0.01)
+    assert {"pcl-tiny", "pcl-3d", "pcl-2d-paper", "jcl-tiny", "jcl-3d", "jcl-2d-paper"} <= set(RECIPES)
+    for recipe in RECIPES:
+        config = load_config(recipe)
+        rates = [config.optimizer.learning_rate, *(stage.learning_rate or 0.0 for stage in config.stages)]
+        assert max(rates) <= 0.01, recipe
+    paper = load_config("pcl-2d-paper").optimizer
+    assert (paper.name, paper.learning_rate) == ("sgd", 0.01)

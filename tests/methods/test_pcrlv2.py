@@ -93,26 +93,30 @@ def test_similarity_is_the_formula(kind: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_local_similarity_is_the_formula_over_all_pairs(count: int) -> None:
-    def made(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        return (
-            embeddings("random", 6 * count, 0, dtype),
-            embeddings("random", count, 1, dtype),
-            embeddings("random", count, 2, dtype),
-        )
+def test_local_similarity_is_the_formula_over_all_pairs_each_at_its_scale(count: int) -> None:
+    """The official code draws a scale for each of the 12 pairs, not one for all."""
+    scales = [0, 2, 1, 1, 2, 0, 0, 1, 2, 2, 1, 0]  # local view 1 with x1, with x2, local view 2 with x1 ...
 
-    local, x1, x2 = made(torch.float32)
-    loss = local_similarity((local[0], local[1]), [(x1[0], x1[1]), (x2[0], x2[1])])
+    def made(dtype: torch.dtype) -> list[list[list[Tensor]]]:
+        """Of the local views, x1 and x2: p and z by scale."""
+        return [
+            [embeddings("random", rows, 10 * view + scale, dtype) for scale in range(3)]
+            for view, rows in enumerate((6 * count, count, count))
+        ]
+
+    found, wanted = made(torch.float32), made(torch.float64)
+    local, *views = ({scale: (p, z) for scale, (p, z) in enumerate(view)} for view in found)
+    loss = local_similarity(local, views, scales)
     loss.backward()
-    double_local, double_x1, double_x2 = made(torch.float64)
     expected = torch.zeros((), dtype=torch.float64)
-    for index in range(6):
-        rows = slice(index * count, (index + 1) * count)
-        for p, z in (double_x1, double_x2):
-            expected = expected + naive_similarity((double_local[0][rows], double_local[1][rows]), (p, z)) / 12
+    for pair, scale in enumerate(scales):
+        rows = slice(pair // 2 * count, (pair // 2 + 1) * count)
+        p, z = wanted[0][scale]
+        expected = expected + naive_similarity((p[rows], z[rows]), tuple(wanted[1 + pair % 2][scale])) / 12
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert_equal_gradients([*local, *x1, *x2], [*double_local, *double_x1, *double_x2])
+    flat, doubles = ([leaf for view in views for scale in view for leaf in scale] for views in (found, wanted))
+    assert_equal_gradients(flat, doubles)
 
 
 def linear_weights(small: int, large: int) -> Tensor:
@@ -127,7 +131,7 @@ def linear_weights(small: int, large: int) -> Tensor:
     return weights
 
 
-def naive_losses(method: PcrlV2, batch: Batch, s: int, r: int) -> dict[str, Tensor]:
+def naive_losses(method: PcrlV2, batch: Batch, s: int, r: list[int]) -> dict[str, Tensor]:
     """Every view by itself through the network, torch's own batch norms in the heads."""
 
     def normed(norm: nn.Module, vectors: Tensor) -> Tensor:
@@ -157,12 +161,10 @@ def naive_losses(method: PcrlV2, batch: Batch, s: int, r: int) -> dict[str, Tens
     x1, x2, g1 = maps(batch["x1"]), maps(batch["x2"]), batch["x1_clean"]
     local = [torch.cat(level) for level in zip(*(maps(batch[f"local{i}"]) for i in (1, 2, 3)), strict=True)]
     count = len(g1)
-    p, z = embed(local[r], r)
-    pairs = [
-        naive_similarity((p[i * count : (i + 1) * count], z[i * count : (i + 1) * count]), embed(view[r], r))
-        for i in range(3)
-        for view in (x1, x2)
-    ]
+    pairs = []
+    for pair, scale in enumerate(r):
+        p, z = (each.unflatten(0, (3, count))[pair // 2] for each in embed(local[scale], scale))
+        pairs.append(naive_similarity((p, z), embed((x1, x2)[pair % 2][scale], scale)))
     return {
         "restoration": (method.restore(x1[-1]) - g1).square().mean(),
         "similarity": naive_similarity(embed(x1[s], s), embed(x2[s], s)),
@@ -172,12 +174,12 @@ def naive_losses(method: PcrlV2, batch: Batch, s: int, r: int) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
-@pytest.mark.parametrize(("s", "r"), [(0, 1), (1, 0)])
-def test_all_losses_are_the_formulas_applied_view_by_view(dimensions: int, s: int, r: int) -> None:
+@pytest.mark.parametrize("s", [0, 1])
+def test_all_losses_are_the_formulas_applied_view_by_view(dimensions: int, s: int) -> None:
     method = small_pcrlv2(dimensions).double()
-    step = next(
-        n for n in range(99) if (method._scale(n, "similarity"), method._scale(n, "local_similarity")) == (s, r)
-    )
+    step = next(n for n in range(99) if method._drawn_scales(n, "similarity", 1) == [s])
+    r = method._drawn_scales(step, "local_similarity", 6)
+    assert set(r) == {0, 1}
     batch = doubled(small_batch(3, dimensions))
     losses = method(batch, step)
     total(losses).backward()
@@ -227,16 +229,18 @@ def test_only_the_image_of_the_drawn_scale_is_computed() -> None:
         scale.image.register_forward_hook(lambda *_, i=index: called.append(i))  # type: ignore[operator, union-attr]
     for step in range(20):
         method(small_batch(2), step)
-    assert called == [method._scale(step, "similarity") for step in range(20)]
+    assert called == [method._drawn_scales(step, "similarity", 1)[0] for step in range(20)]
     assert set(called) == {0, 1}
 
 
 def test_scales_are_drawn_uniformly_and_alike_by_all_parts() -> None:
     method, other = small_pcrlv2(), small_pcrlv2()
-    drawn = [method._scale(step, "similarity") for step in range(400)]
-    assert drawn == [other._scale(step, "similarity") for step in range(400)]
-    assert 0.4 < sum(drawn) / 400 < 0.6
-    assert drawn != [method._scale(step, "local_similarity") for step in range(400)]
+    drawn = torch.tensor([method._drawn_scales(step, "similarity", 12) for step in range(400)])
+    assert drawn.tolist() == [other._drawn_scales(step, "similarity", 12) for step in range(400)]
+    means = drawn.float().mean(0)  # of each pair
+    assert 0.4 < means.min() <= means.max() < 0.6
+    assert (drawn != drawn[:, :1]).any(1).float().mean() > 0.95  # pairs of one step differ
+    assert drawn.tolist() != [method._drawn_scales(step, "local_similarity", 12) for step in range(400)]
 
 
 def test_what_is_restored_is_the_clean_view_in_the_geometry_of_the_input() -> None:
@@ -325,6 +329,20 @@ def test_micro_batches_and_a_batch_of_one_are_refused_by_name() -> None:
         method.check_training(4, 2)
     with pytest.raises(ValueError, match=r"train\.global_batch.*take 2 or more"):
         method.check_training(1, 1)
+
+
+def test_a_stage_that_compares_local_views_where_there_are_none_is_refused() -> None:
+    backbone = BackboneConfig(features=[8, 16], skips=False)
+    method = PcrlV2(PcrlV2Config(local_similarity_weight=0), backbone, PcrlV2Views([8, 8, 8], local_count=0))
+    for terms in ({"local_similarity": 1}, {"local_similarity": {"start": 0, "end": 1}}):
+        with pytest.raises(ValueError, match=r"views\.local_count: .*stage.* got 0; take 6"):
+            method.set_stages([Stage(terms={"restoration": 1}), Stage(terms=terms)], 10)
+    method.set_stages([Stage(terms={"restoration": 1}), Stage(terms={"local_similarity": 0, "similarity": 1})], 10)
+    assert set(method({name: small_batch()[name][..., :8, :8] for name in ("x1", "x2", "x1_clean")}, 9)) == {
+        "similarity"
+    }
+    with pytest.raises(ValueError, match=r"views\.local_count"):
+        PcrlV2(PcrlV2Config(), backbone, PcrlV2Views([8, 8, 8], local_count=0))
 
 
 def test_the_decoder_without_its_skips_is_what_goes_downstream_and_starts_from_the_seed() -> None:
