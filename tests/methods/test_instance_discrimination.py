@@ -141,18 +141,3 @@ def test_simsiam_is_the_formula_under_autocast_in_float32() -> None:
         loss = simsiam_loss(*leaves)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(simsiam_formula(*leaves.double()).item(), rel=1e-6)
-
-
-def test_running_standard_averages_first_equally_then_forgets() -> None:
-    standard = RunningStandard(2, momentum=0.5)
-    batches = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))
-    for batch in batches:
-        standard(batch)
-        standard.update()
-    means = batches.mean(1)
-    expected = ((means[0] + means[1]) / 2 + means[2]) / 2 / 2 + means[3] / 2
-    torch.testing.assert_close(standard.mean, expected)
-    standard.eval()
-    assert torch.equal(standard(batches[0]), (batches[0] - standard.mean) * (standard.square + 1e-6).rsqrt())
-    standard.update()
-    torch.testing.assert_close(standard.mean, expected)
