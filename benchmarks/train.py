@@ -12,6 +12,7 @@ step measured is one of the last stage.
 import argparse
 import contextlib
 import copy
+import inspect
 import statistics
 import sys
 import time
@@ -97,6 +98,20 @@ def watch(method: Method, clock: Clock) -> None:
     backbone.decode = timed("decoder", backbone.decode)
 
 
+def reference_of(name: str) -> Callable[..., Tensor]:
+    """The reference of an operator, to be called as that is: references know no ranks."""
+    reference: Callable[..., Tensor] = getattr(kernels, f"{name}_reference")
+    if "group" not in inspect.signature(getattr(kernels, name)).parameters:
+        return reference
+
+    def alone(*arguments: Any, group: None = None, **options: Any) -> Tensor:
+        if group is not None:
+            raise ValueError("group: the references are measured in one process")
+        return reference(*arguments, **options)
+
+    return alone
+
+
 @contextlib.contextmanager
 def references_in(module: Any) -> Iterator[None]:
     """The fused operators that a module has imported, replaced by their torch references."""
@@ -107,11 +122,21 @@ def references_in(module: Any) -> Iterator[None]:
     ]
     try:
         for name in found:
-            setattr(module, name, getattr(kernels, f"{name}_reference"))
+            setattr(module, name, reference_of(name))
         yield
     finally:
         for name in found:
             setattr(module, name, getattr(kernels, name))
+
+
+@contextlib.contextmanager
+def references_in_methods() -> Iterator[None]:
+    """The same in every module of the methods: some losses are in a part that several share."""
+    with contextlib.ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("voxtrast.methods."):
+                stack.enter_context(references_in(module))
+        yield
 
 
 class Form:
@@ -131,9 +156,8 @@ class Form:
         self.taken: list[dict[str, float]] = []
 
     def step(self, batch: Batch, number: int, waited: float) -> None:
-        module = sys.modules[type(self.method).__module__]
         batch = dict(batch)  # a method may add to it
-        with references_in(module) if self.name == "references" else contextlib.nullcontext():
+        with references_in_methods() if self.name == "references" else contextlib.nullcontext():
             self.clock.start("losses forward")
             self.method.exchange([batch], number)
             losses = self.method(batch, number)

@@ -10,6 +10,7 @@ import torch
 from voxtrast import kernels
 from voxtrast.benchmarks import train
 from voxtrast.methods import METHODS, cover
+from voxtrast.methods.parts import positional_contrast
 
 SMALL = [
     "cover-tiny",
@@ -95,6 +96,16 @@ def test_the_references_stand_in_for_the_operators_and_leave_again() -> None:
         assert cover.warped_cosine_loss is kernels.warped_cosine_loss_reference
     assert cover.vector_pyramid is kernels.vector_pyramid
     assert cover.warped_cosine_loss is kernels.warped_cosine_loss
+
+
+def test_the_references_stand_in_for_the_operators_of_shared_parts_too() -> None:
+    with train.references_in_methods():
+        assert positional_contrast.positional_info_nce is not kernels.positional_info_nce
+        vectors, positions = torch.randn(4, 8), torch.tensor([0.0, 0.0, 1.0, 1.0])
+        found = positional_contrast.positional_info_nce(vectors, positions, threshold=0.5, group=None)
+        assert torch.equal(found, kernels.positional_info_nce_reference(vectors, positions, threshold=0.5))
+        assert cover.vector_pyramid is kernels.vector_pyramid_reference
+    assert positional_contrast.positional_info_nce is kernels.positional_info_nce
 
 
 @pytest.mark.parametrize(
