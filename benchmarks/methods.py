@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from voxtrast.engine.config import read_config
-from voxtrast.engine.data.pipeline import ViewPipeline
-from voxtrast.engine.data.sampling import of_validation
 from voxtrast.engine.errors import UserError
 from voxtrast.engine.runs import LoadedRun, build_method, load_run
+from voxtrast.engine.validation_views import validation_views
 from voxtrast.methods import Batch, Method, recipe_names
 from voxtrast.methods.parts.monitors import EmbeddingMonitor, effective_rank, embedding_std
 
@@ -39,18 +38,7 @@ ENDS = 10  # steps whose mean loss is the start, and the end
 
 def batches_aside(run: LoadedRun) -> Iterator[Batch]:
     """Views of the held-aside cases; those of training where none is."""
-    config = run.config
-    with ViewPipeline(
-        run.store,
-        run.validation_cases or run.cases,
-        run.method.views,
-        seed=config.seed,
-        split="validation",
-        global_batch=config.train.global_batch,
-        threads=1,
-        sampling=of_validation(config.sampling),
-        on_error=config.loader.on_error,
-    ) as views:
+    with validation_views(run, run.validation_cases or run.cases) as views:
         for [batch] in views:
             yield batch
 

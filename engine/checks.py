@@ -15,14 +15,15 @@ from .errors import UserError
 
 def check_method(method: Method, config: Config, ranks: Ranks, cases: Sequence[Case]) -> None:
     """Raises UserError naming the setting that is wrong."""
-    global_batch = min(stage.global_batch or config.train.global_batch for stage in method.schedule.stages)
+    batches = {stage.global_batch or config.train.global_batch for stage in method.schedule.stages}
     parts = ranks.size * config.train.accumulation
     try:
-        method.check_training(global_batch, parts)
+        for global_batch in sorted(batches):
+            method.check_training(global_batch, parts)
         method.check_volumes([case.shape for case in cases])
     except ValueError as error:
         raise UserError(str(error)) from None
-    _check_batch_norm(method, config, ranks, global_batch // parts)
+    _check_batch_norm(method, config, ranks, min(batches) // parts)
 
 
 def _check_batch_norm(method: nn.Module, config: Config, ranks: Ranks, samples: int) -> None:

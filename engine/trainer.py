@@ -227,7 +227,7 @@ class Trainer:
         if not math.isfinite(mean[0]):
             raise UserError(
                 f"step {step + 1}: the loss is {mean[0]}; the last checkpoint is whole. Lower "
-                f"optimizer.learning_rate, set optimizer.gradient_clip, or use train.autocast=off"
+                f"optimizer.learning_rate, set optimizer.gradient_clip, or use train.autocast=none"
             )
         return dict(zip(names, mean, strict=False)), mean[-1] > 0
 

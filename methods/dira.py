@@ -44,6 +44,7 @@ from torch.nn import functional
 
 from .backbone import Backbone, BackboneConfig
 from .method import Batch, Method
+from .parts import rigid
 from .parts.across_ranks import own_part, rank_and_size
 from .parts.adversary import FORMS, Adversary, PatchCritic
 from .parts.instance_discrimination import BarlowTwins, MomentumContrast, SimSiam
@@ -180,11 +181,10 @@ class Dira(Method):
 
     def check_training(self, global_batch: int, parts: int) -> None:
         if self.config.discriminative == "moco":
-            batches = [stage.global_batch or 0 for stage in self.schedule.stages]
-            if max(global_batch, *batches) > self.config.bank:
+            if global_batch > self.config.bank:
                 raise ValueError(
-                    f"method.bank: {self.config.bank} keys are fewer than a batch brings "
-                    f"({max(global_batch, *batches)}); give method.bank={16 * max(global_batch, *batches)}"
+                    f"method.bank: {self.config.bank} keys are fewer than a batch brings ({global_batch}); "
+                    f"give method.bank={16 * global_batch}"
                 )
             return
         norms = f"method.discriminative: {self.config.discriminative} has batch norm in its head, "
@@ -247,7 +247,7 @@ class Dira(Method):
 
     def _target(self, batch: Batch) -> Tensor:
         clean = self._scaled(batch["x1_clean"])
-        return clean if self.config.target == "aligned" else unflipped(clean, batch["x1_flips"])
+        return clean if self.config.target == "aligned" else rigid.undo(clean, batch["x1_flips"], None)
 
     def _scaled(self, image: Tensor) -> Tensor:
         low, high = self.config.intensity_range
@@ -262,14 +262,6 @@ class Dira(Method):
 
     def _draw_mixing(self, samples: int, step: int) -> Tensor:
         return torch.rand(samples, generator=self.generator(step, "gradient penalty"))
-
-
-def unflipped(image: Tensor, flips: Tensor) -> Tensor:
-    """Each image (B, 1, *S) with those axes turned back that `flips` (B, D) says."""
-    for axis in range(flips.shape[1]):
-        chosen = flips[:, axis].bool().view(-1, *[1] * (image.ndim - 1))
-        image = torch.where(chosen, image.flip(axis + 2), image)
-    return image
 
 
 def _discrimination(config: DiraConfig, backbone: Backbone) -> MomentumContrast | SimSiam | BarlowTwins:

@@ -57,7 +57,7 @@ class Method(nn.Module):
         """Refuses (ValueError naming the setting) a batch that the method cannot learn from.
 
         Args:
-            global_batch: the least of all stages.
+            global_batch: of one stage; called for each.
             parts: into how many it is cut, ranks times micro-batches.
         """
 

@@ -113,7 +113,7 @@ class Pcrl(Method):
         self.views = ViewSpec(crop=tuple(views.crop), views={"x1": views.x1, "x2": views.x2})
 
     def check_training(self, global_batch: int, parts: int) -> None:
-        keys = 3 * max(global_batch, *(stage.global_batch or 0 for stage in self.schedule.stages))
+        keys = 3 * global_batch
         if keys > self.config.bank_size:
             raise ValueError(
                 f"method.bank_size: each step pushes 3 keys a sample, {keys} of them, over the "

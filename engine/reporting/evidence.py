@@ -16,12 +16,11 @@ from ...kernels import warp
 from ...methods import Method, build_network
 from ...methods.backbone import BackboneConfig
 from ...methods.views import ViewSpec
-from ..data.pipeline import ViewPipeline
-from ..data.sampling import of_validation
 from ..data.store import Case, Store
 from ..downstream.evaluation import predict
 from ..errors import UserError
 from ..runs import LoadedRun, build_method
+from ..validation_views import validation_views
 from ..weights import load_weights
 from .planes import Frame, frame_of
 from .volumes import MatchedPair
@@ -58,17 +57,7 @@ def match_pairs(run: LoadedRun) -> list[MatchedPair]:
         raise UserError("no case is held aside (validation.fraction=0), so there is no unseen pair to show")
     by_id = {case.id: case for case in run.validation_cases}
     pairs: list[MatchedPair] = []
-    with ViewPipeline(
-        run.store,
-        run.validation_cases,
-        method.views,
-        seed=config.seed,
-        split="validation",
-        global_batch=config.train.global_batch,
-        threads=1,
-        sampling=of_validation(config.sampling),
-        on_error=config.loader.on_error,
-    ) as views:
+    with validation_views(run, run.validation_cases) as views:
         for [batch] in itertools.islice(views, config.validation.batches):
             seen = method.inspect(batch)
             moving = batch["moving"].float()

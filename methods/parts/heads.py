@@ -11,8 +11,7 @@ from .running_standard import RunningStandard
 
 def pooled(features: Tensor) -> Tensor:
     """Global average pooling: (B, C, *S) -> (B, C), float32 at least."""
-    mean: Tensor = features.float().flatten(2).mean(-1) if features.dtype.itemsize < 4 else features.flatten(2).mean(-1)
-    return mean
+    return features.to(torch.promote_types(features.dtype, torch.float32)).flatten(2).mean(-1)
 
 
 def projector(inputs: int, hidden: int, outputs: int, standardise: bool = False) -> nn.Sequential:

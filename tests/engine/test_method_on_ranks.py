@@ -69,6 +69,14 @@ def test_a_batch_that_the_method_cannot_learn_from_is_refused(
         refuse(words, tmp_path, size, device)
 
 
+def test_the_batch_of_every_stage_is_judged(stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = []
+    monkeypatch.setattr(StandIn, "check_training", lambda _, batch, parts: judged.append((batch, parts)))
+    stages = "stages=[{name: a}, {name: b, global_batch: 4}, {name: c, global_batch: 16}]"
+    refuse([stages, "train.global_batch=32"], tmp_path, 2)
+    assert judged == [(4, 2), (16, 2), (32, 2)]
+
+
 def test_what_fits_is_not_refused(stand_in: None, tmp_path: Path, tiny_store: Path) -> None:
     refuse(["backbone.norm=batch"], tmp_path, 2, "cuda", Store(tiny_store).cases)
     refuse(["method.batch_norm=true"], tmp_path)
