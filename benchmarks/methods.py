@@ -33,7 +33,7 @@ from .harness import append
 from .machine import machine, results_file
 
 EMBEDDINGS = 128  # looked at
-ENDS = 10  # steps whose mean loss is the start, and the end
+ENDS = 10  # steps whose mean loss is the start, and the end; a bank is full at the start
 
 
 def batches_aside(run: LoadedRun) -> Iterator[Batch]:
@@ -116,13 +116,19 @@ def row_of(path: Path) -> dict[str, Any]:
 
 
 def losses_of(log: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """Each term's mean over the first and the last steps that had it; the sum's too, of a run of a single stage."""
+    """Each term's mean over the first and the last steps that had it; the sum's too, of a run of a single stage.
+
+    The first are the first with a full bank, where there is one: while it fills, the contrast grows with the number of
+    true negatives, whatever the network learns.
+    """
+    full = [line for line in log if line.get("monitor/bank_filled", 1) == 1]
     whole = [] if any("stage" in line for line in log) else ["loss"]
     names = whole + sorted({name for line in log for name in line if name.startswith(("loss/", "adversary/"))})
     found = {}
     for name in names:
-        values = [line[name] for line in log if name in line]
-        found[name.removeprefix("loss/")] = [statistics.mean(values[:ENDS]), statistics.mean(values[-ENDS:])]
+        values = [line[name] for line in full or log if name in line]
+        if values:
+            found[name.removeprefix("loss/")] = [statistics.mean(values[:ENDS]), statistics.mean(values[-ENDS:])]
     return found
 
 

@@ -146,7 +146,8 @@ class Dira(Method):
             )
             self.embedding_monitor.see(embeddings)
             monitors |= self.embedding_monitor.numbers()
-            if self.config.discriminative == "moco":
+            if isinstance(self.discrimination, MomentumContrast):
+                monitors["bank_filled"] = self.discrimination.bank.filled()
                 monitors["loss_over_collapse"] = losses["discriminative"].detach() / math.log(self.config.bank + 1)
         else:
             maps = self.backbone.encode(batch["x1"])
@@ -190,10 +191,11 @@ class Dira(Method):
         norms = f"method.discriminative: {self.config.discriminative} has batch norm in its head, "
         if global_batch < 2:
             raise ValueError(f"{norms}which needs at least 2 samples; give train.global_batch=2, or moco")
-        if parts > 1:
+        ranks = rank_and_size(self.group)[1]
+        if parts > ranks:
             raise ValueError(
-                f"{norms}whose statistics would be those of each of the {parts} parts of the batch; give "
-                f"train.accumulation=1 on one rank, or method.discriminative=moco"
+                f"{norms}whose statistics would be those of each of {parts // ranks} micro-batches; give "
+                f"train.accumulation=1, or method.discriminative=moco"
             )
 
     def preflight(

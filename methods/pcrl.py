@@ -190,7 +190,7 @@ class Pcrl(Method):
             self.standard.collect(features)
             self.monitor.see(q)
             ratio = losses["contrast"].detach() / collapsed_contrast(self.config.bank_size)
-            self.monitors = self.monitor.numbers() | {"loss_over_collapse": ratio}
+            self.monitors = self.monitor.numbers() | {"loss_over_collapse": ratio, "bank_filled": self.bank.filled()}
         if "restoration" in weights:
             alphas = self._share(step, "first alpha"), self._share(step, "second alpha")
             restored = self._restored(batch, (first, second), (mixed_first, mixed_second), alphas)

@@ -16,15 +16,18 @@ class GlobalBatchNorm(nn.Module):
 
     No subclass of torch's batch norms: those are exchanged or refused where there are several ranks. The ranks hold
     equally many samples. Micro-batches know nothing of each other: a method refuses them.
+
+    Args:
+        affine: whether a scale and a shift are learned.
     """
 
     running_mean: Tensor  # (C,)
     running_var: Tensor  # (C,)
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, affine: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
@@ -50,4 +53,5 @@ class GlobalBatchNorm(nn.Module):
         return self._scaled(vectors, self.running_mean, self.running_var)
 
     def _scaled(self, vectors: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        return (vectors - mean) * (variance + EPSILON).rsqrt() * self.weight + self.bias
+        scaled = (vectors - mean) * (variance + EPSILON).rsqrt()
+        return scaled if self.weight is None or self.bias is None else scaled * self.weight + self.bias

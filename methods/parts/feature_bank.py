@@ -25,7 +25,7 @@ class FeatureBank(nn.Module):
     """
 
     vectors: Tensor  # (K, C)
-    place: Tensor  # (1,) int64, of the next key
+    pushed: Tensor  # (1,) int64, keys so far; the next one goes to row pushed % K
 
     def __init__(self, size: int, channels: int, initial: str = "sphere") -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class FeatureBank(nn.Module):
             raise ValueError(f"initial: {initial!r} is not one of {', '.join(INITIAL)}")
         self.initial = initial
         self.register_buffer("vectors", self._drawn((size, channels), None))
-        self.register_buffer("place", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("pushed", torch.zeros(1, dtype=torch.int64))
         self._collected: list[Tensor] = []
 
     def _drawn(self, shape: torch.Size | tuple[int, int], generator: torch.Generator | None) -> Tensor:
@@ -44,7 +44,7 @@ class FeatureBank(nn.Module):
     def forget(self, generator: torch.Generator) -> None:
         """Random vectors again, in place of keys that another network made."""
         self.vectors.copy_(self._drawn(self.vectors.shape, generator))
-        self.place.zero_()
+        self.pushed.zero_()
         self._collected.clear()
 
     def collect(self, *keys: Tensor) -> None:
@@ -53,16 +53,19 @@ class FeatureBank(nn.Module):
             self._collected.append(torch.stack([each.detach().to(self.vectors.dtype) for each in keys], dim=1))
 
     @torch.no_grad()
-    def push(self, group: Any = None) -> int:
-        """Puts the collected keys into the bank and says how many; collective over `group`."""
+    def push(self, group: Any = None) -> None:
+        """Puts the collected keys into the bank; collective over `group`."""
         if not self._collected:
-            return 0
+            return
         samples = gather_parts(self._collected, group)  # (n, kinds, C)
         self._collected.clear()
         keys = samples.transpose(0, 1).flatten(0, 1)
         size = len(self.vectors)
-        rows = (self.place + torch.arange(len(keys), device=keys.device)) % size
+        rows = (self.pushed + torch.arange(len(keys), device=keys.device)) % size
         # Of more keys than rows the last stay: which of two writes to a row wins is not defined.
         self.vectors[rows[-size:]] = keys[-size:]
-        self.place.copy_((self.place + len(keys)) % size)
-        return len(keys)
+        self.pushed += len(keys)
+
+    def filled(self) -> Tensor:
+        """Share of the rows that hold keys, (): a contrast grows while the random vectors give way to them."""
+        return (self.pushed[0] / len(self.vectors)).clamp(max=1)

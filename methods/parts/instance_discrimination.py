@@ -13,6 +13,7 @@ from torch.nn import functional
 from ...kernels import bank_info_nce
 from ..backbone import Backbone
 from .across_ranks import rank_and_size, sum_over_ranks
+from .batch_norm import GlobalBatchNorm
 from .feature_bank import FeatureBank
 from .heads import Predictor, pooled, projector
 from .momentum_twin import MomentumTwin
@@ -84,12 +85,12 @@ class SimSiam(nn.Module):
 
     def __init__(self, backbone: Backbone, hidden: int, outputs: int, *, predictor_hidden: int) -> None:
         super().__init__()
-        self.projector = deep_projector(backbone.encoder_channels[-1], hidden, outputs, last_norm=True)
+        self.projector = DeepProjector(backbone.encoder_channels[-1], hidden, outputs, last_norm=True)
         self.predictor = Predictor(outputs, predictor_hidden)
 
     def forward(self, backbone: Backbone, first_view: Tensor, second_view: Tensor, group: Any = None) -> Found:
         maps, features, other_features = encode_both(backbone, first_view, second_view)
-        z1, z2 = self.projector(features), self.projector(other_features)
+        z1, z2 = self.projector(features, group), self.projector(other_features, group)
         p1, p2 = self.predictor(z1, group), self.predictor(z2, group)
         return maps, z1, simsiam_loss(p1, p2, z1, z2)
 
@@ -110,11 +111,11 @@ class BarlowTwins(nn.Module):
     def __init__(self, backbone: Backbone, hidden: int, outputs: int, *, off_diagonal: float) -> None:
         super().__init__()
         self.off_diagonal = off_diagonal
-        self.projector = deep_projector(backbone.encoder_channels[-1], hidden, outputs, last_norm=False)
+        self.projector = DeepProjector(backbone.encoder_channels[-1], hidden, outputs, last_norm=False)
 
     def forward(self, backbone: Backbone, first_view: Tensor, second_view: Tensor, group: Any = None) -> Found:
         maps, features, other_features = encode_both(backbone, first_view, second_view)
-        z1, z2 = self.projector(features), self.projector(other_features)
+        z1, z2 = self.projector(features, group), self.projector(other_features, group)
         return maps, z1, barlow_twins_loss(z1, z2, self.off_diagonal, group)
 
     def after_step(self, backbone: Backbone, group: Any) -> None:
@@ -132,16 +133,22 @@ def encode_both(backbone: Backbone, first_view: Tensor, second_view: Tensor) -> 
     return [each[:count] for each in maps], features[:count], features[count:]
 
 
-def deep_projector(inputs: int, hidden: int, outputs: int, *, last_norm: bool) -> nn.Sequential:
-    """Three linear layers with batch norm and ReLU between them; behind the last one a batch norm without scale and
-    shift (SimSiam), or nothing (Barlow Twins)."""
-    layers: list[nn.Module] = []
-    for width in (inputs, hidden):
-        layers += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
-    layers.append(nn.Linear(hidden, outputs, bias=False))
-    if last_norm:
-        layers.append(nn.BatchNorm1d(outputs, affine=False))
-    return nn.Sequential(*layers)
+class DeepProjector(nn.Module):
+    """Three linear layers with batch norm, over the whole batch, and ReLU between them; behind the last one a batch
+    norm without scale and shift (SimSiam), or nothing (Barlow Twins)."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, *, last_norm: bool) -> None:
+        super().__init__()
+        self.hidden = nn.ModuleList(nn.Linear(width, hidden, bias=False) for width in (inputs, hidden))
+        self.norms = nn.ModuleList(GlobalBatchNorm(hidden) for _ in self.hidden)
+        self.last = nn.Linear(hidden, outputs, bias=False)
+        self.last_norm = GlobalBatchNorm(outputs, affine=False) if last_norm else None
+
+    def forward(self, vectors: Tensor, group: Any = None) -> Tensor:
+        for linear, norm in zip(self.hidden, self.norms, strict=True):
+            vectors = torch.relu(norm(linear(vectors), group))
+        projected: Tensor = self.last(vectors)
+        return projected if self.last_norm is None else self.last_norm(projected, group)
 
 
 def simsiam_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:

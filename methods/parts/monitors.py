@@ -39,13 +39,11 @@ class EmbeddingMonitor(nn.Module):
     step before, once `WINDOW` embeddings have been seen.
     """
 
-    seen: Tensor  # (1,) int64
     latest: Tensor  # (2,) float64, std and rank; rank 0 until there are any: in the checkpoint, as the window is
 
     def __init__(self, channels: int, window: int = WINDOW) -> None:
         super().__init__()
         self.window = FeatureBank(window, channels)
-        self.register_buffer("seen", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("latest", torch.zeros(2, dtype=torch.float64))
         # Known here, so that no forward waits for a GPU's answer; after a load it is asked once.
         self._measured: bool | None = False
@@ -57,8 +55,8 @@ class EmbeddingMonitor(nn.Module):
 
     @torch.no_grad()
     def update(self, step: int, group: Any = None) -> None:
-        self.seen += self.window.push(group)
-        if step % EVERY == 0 and int(self.seen) >= len(self.window.vectors):
+        self.window.push(group)
+        if step % EVERY == 0 and int(self.window.pushed) >= len(self.window.vectors):
             # On the CPU: small, and a GPU takes longer for the singular values.
             vectors = self.window.vectors.cpu()
             self.latest.copy_(torch.stack([embedding_std(vectors), effective_rank(vectors)]))

@@ -45,6 +45,12 @@ def test_the_terms_of_stages_are_told_of_one_by_one() -> None:
     assert found == {"x": [1.0, pytest.approx(1.2)], "y": [6.0, 6.0]}
 
 
+def test_a_contrast_with_a_bank_begins_where_that_is_full() -> None:
+    log = [{"loss": 1.0, "monitor/bank_filled": 0.5}] * 20 + [{"loss": 8.0, "monitor/bank_filled": 1.0}] * 10
+    assert methods.losses_of([*log, *[{"loss": 4.0}] * 10]) == {"loss": [8.0, 4.0]}
+    assert methods.losses_of(log[:20]) == {"loss": [1.0, 1.0]}  # never full
+
+
 def test_a_folder_that_is_no_run_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert methods.main(["nowhere"]) == 2
     assert capsys.readouterr().err.startswith("error: nowhere/config.yaml: not a run's")

@@ -94,7 +94,7 @@ def test_a_stage_that_starts_initially_forgets_all_that_came_before(run: Run) ->
         if not name.startswith("twin."):
             torch.testing.assert_close(state.model[name], start.state_dict()[name], rtol=0, atol=1e-25)
     assert not torch.equal(before.model["head.0.weight"], start.state_dict()["head.0.weight"])
-    assert state.model["bank.place"].item() == 3 * 4 % 10  # the keys of the second stage's three steps
+    assert state.model["bank.pushed"].item() == 3 * 4  # the keys of the second stage's three steps
 
 
 def test_a_stage_that_starts_from_a_file_takes_its_tensors_alone(run: Run, tmp_path: Path) -> None:

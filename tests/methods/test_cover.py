@@ -174,7 +174,7 @@ def test_the_spread_of_the_voxel_features_is_watched_and_a_collapse_warned_of() 
         for step in range(12):
             method(small_batch(seed=step), step)
             method.after_step(step)
-        assert method.embeddings.seen.item() == 12 * 2 * 8
+        assert method.embeddings.window.pushed.item() == 12 * 2 * 8
         assert 0.1 < method.monitors["embedding_std"].item() < 1
         assert 1 < method.monitors["effective_rank"].item() <= 8
         kept = method.embeddings.window.vectors.clone()

@@ -20,20 +20,20 @@ def test_new_keys_go_over_the_oldest_wherever_the_end_lies() -> None:
     bank = FeatureBank(5, 2)
     initial = numbers(bank)
     bank.collect(keys(10, 3))
-    assert bank.push() == 3
+    bank.push()
     assert numbers(bank) == [10, 11, 12, *initial[3:]]
     bank.collect(keys(20, 3))
     bank.push()
     assert numbers(bank) == [22, 11, 12, 20, 21]
-    assert bank.place.tolist() == [1]
+    assert bank.pushed.tolist() == [6]
 
 
 def test_of_more_keys_than_rows_the_last_stay() -> None:
     bank = FeatureBank(4, 2)
     bank.collect(keys(0, 11))
-    assert bank.push() == 11
+    bank.push()
     assert sorted(numbers(bank)) == [7, 8, 9, 10]
-    assert bank.place.tolist() == [3]
+    assert bank.pushed.tolist() == [11]
     bank.collect(keys(11, 1))
     bank.push()
     assert sorted(numbers(bank)) == [8, 9, 10, 11]  # it went over the oldest
@@ -45,9 +45,9 @@ def test_nothing_is_collected_outside_training() -> None:
     bank.eval()
     bank.collect(keys(0, 2))
     bank.train()
-    assert bank.push() == 0
+    bank.push()
     assert torch.equal(bank.vectors, before)
-    assert bank.place.tolist() == [0]
+    assert bank.pushed.tolist() == [0]
 
 
 def test_the_bank_stays_the_same_until_the_push() -> None:
@@ -56,8 +56,8 @@ def test_the_bank_stays_the_same_until_the_push() -> None:
     bank.collect(keys(0, 2))
     assert torch.equal(bank.vectors, before)
     bank.push()
-    assert bank.push() == 0  # once
-    assert bank.place.tolist() == [2]
+    bank.push()  # the keys go once
+    assert bank.pushed.tolist() == [2]
 
 
 def test_micro_batches_follow_each_other_and_kinds_go_one_after_the_other() -> None:
@@ -68,7 +68,7 @@ def test_micro_batches_follow_each_other_and_kinds_go_one_after_the_other() -> N
     assert numbers(bank) == [0, 1, 2, 3, 10, 11, 12, 13]
 
 
-def test_a_checkpoint_holds_vectors_and_place() -> None:
+def test_a_checkpoint_holds_vectors_and_where_the_next_key_goes() -> None:
     bank, other = FeatureBank(5, 2), FeatureBank(5, 2)
     bank.collect(keys(0, 3))
     bank.push()
@@ -78,6 +78,16 @@ def test_a_checkpoint_holds_vectors_and_place() -> None:
         each.push()
     assert torch.equal(bank.vectors, other.vectors)
     assert numbers(bank) == [5, 6, 2, 3, 4]
+
+
+def test_it_says_how_much_of_it_keys_are() -> None:
+    bank = FeatureBank(4, 2)
+    found = [bank.filled().item()]
+    for _ in range(3):
+        bank.collect(keys(0, 3))
+        bank.push()
+        found.append(bank.filled().item())
+    assert found == [0, 0.75, 1, 1]
 
 
 def test_keys_are_float32_without_gradients() -> None:
@@ -105,8 +115,8 @@ def test_a_bank_that_forgets_is_as_random_as_a_new_one_and_as_reproducible_as_it
     for bank in (first, second):
         bank.collect(torch.ones(3, 8))
         bank.forget(torch.Generator().manual_seed(3))
-        assert bank.push() == 0
-        assert bank.place.item() == 0
+        bank.push()
+        assert bank.pushed.item() == 0
     assert torch.equal(first.vectors, second.vectors)
     assert not (first.vectors == 1).any()
     assert first.vectors.abs().max() <= math.sqrt(3 / 8)

@@ -111,7 +111,7 @@ def test_a_state_taken_in_the_middle_continues_to_the_same_loss_and_monitors() -
     resumed.load_state_dict({name: tensor.clone() for name, tensor in method.state_dict().items()})
     assert train(resumed, range(3, 5)) == train(method, range(3, 5))
     assert torch.equal(resumed.embeddings.window.vectors, method.embeddings.window.vectors)
-    assert resumed.embeddings.seen.item() == 5 * 5
+    assert resumed.embeddings.window.pushed.item() == 5 * 5
 
 
 def test_a_view_in_3d_with_a_place_of_its_own_is_refused() -> None:

@@ -40,7 +40,7 @@ def test_parts_of_a_batch_sum_to_the_whole(standardise: bool) -> None:
     assert one.normalizer.item() == pytest.approx(cut.normalizer.item(), rel=1e-12)
     for name in ("bank.vectors", "standard.mean", "standard.variance"):
         torch.testing.assert_close(cut.state_dict()[name], one.state_dict()[name], rtol=1e-9, atol=1e-12)
-    assert cut.bank.place.item() == one.bank.place.item() == 2 * 3 * 4
+    assert cut.bank.pushed.item() == one.bank.pushed.item() == 2 * 3 * 4
 
 
 def on_one_rank(rank: int, folder: str) -> None:
@@ -117,7 +117,7 @@ def test_evaluation_runs_and_changes_no_state() -> None:
     parts = [small_batch(), small_batch(seed=1)]
     method.exchange(parts, 2)
     assert all(torch.isfinite(total(method(part, 2))) for part in parts)
-    assert method.bank.push() == 0
+    method.bank.push()  # nor is anything waiting to be pushed
     for name, value in method.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -163,7 +163,7 @@ def test_three_kinds_of_keys_go_into_the_bank_after_the_step_and_no_term_meets_t
     first = method(small_batch(), 0)["contrast"].item()
     assert torch.equal(method.bank.vectors, before)
     method.after_step(0)
-    assert method.bank.place.item() == 3 * 4
+    assert method.bank.pushed.item() == 3 * 4
     pushed = method.bank.vectors[:12]
     torch.testing.assert_close(pushed.norm(dim=1), torch.ones(12))
     assert not torch.equal(pushed[:4], pushed[4:8])

@@ -109,6 +109,6 @@ def test_what_follows_the_network_begins_anew_with_other_weights(recipe: str) ->
         assert method.normalizer.item() > 0  # measured again
     else:
         twin, bank = method.discrimination.key_backbone, method.discrimination.bank
-    assert bank.place.item() == 0
+    assert bank.pushed.item() == 0
     for own, theirs in zip(twin.network.parameters(), method.backbone.parameters(), strict=True):
         assert torch.equal(own, theirs)
