@@ -169,11 +169,12 @@ def load_config(recipe: str, words: Sequence[str] = ()) -> Config:
 
     Args:
         recipe: name of a recipe of the package, or the path of a YAML file.
-        words: `key=value` settings, dotted keys, later ones win.
+        words: `key=value` settings, dotted keys, later ones win; an item of a list by its number, as in
+            `stages.0.learning_rate=0.1`.
 
     Raises: UserError for an unknown recipe, key or value, naming the nearest right one.
     """
-    return _typed(OmegaConf.merge({"recipe": recipe}, _read_recipe(recipe), _read_words(words)))
+    return _typed(_with_words(OmegaConf.merge({"recipe": recipe}, _read_recipe(recipe)), words))
 
 
 def read_config(path: Path) -> Config:
@@ -228,15 +229,21 @@ def _read_recipe(recipe: str) -> Any:
         raise UserError(f"recipe {recipe}: not readable as YAML: {str(error).splitlines()[0]}") from None
 
 
-def _read_words(words: Sequence[str]) -> Any:
+def _with_words(raw: Any, words: Sequence[str]) -> Any:
+    """One after the other: merged at once they could not reach into the lists of the recipe."""
     for word in words:
         if "=" not in word or word.startswith(("-", "=")):
             raise UserError(f"{word!r} is not a setting; expected key=value, for example train.steps=1000")
+        key, text = word.split("=", 1)
         try:
-            OmegaConf.from_dotlist([word])
+            value = OmegaConf.from_dotlist([f"value={text}"]).value
         except (YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"{word!r} is not readable as key=value: {str(error).splitlines()[0]}") from None
-    return OmegaConf.from_dotlist(list(words))
+        try:
+            OmegaConf.update(raw, key, value, merge=True)
+        except (OmegaConfBaseException, TypeError) as error:
+            raise UserError(f"{key}: the recipe has no such place ({str(error).splitlines()[0]})") from None
+    return raw
 
 
 def _typed(raw: Any) -> Config:

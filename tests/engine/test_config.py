@@ -41,6 +41,22 @@ def test_data_sets_are_weighted_by_their_folders() -> None:
     assert differences(config, load_config("cover-tiny", WORDS))
 
 
+def test_words_reach_into_the_lists_of_a_recipe() -> None:
+    plain = load_config("dira-tiny", WORDS)
+    changed = load_config("dira-tiny", [*WORDS, "stages.2.global_batch=8", "stages[1].terms.restorative=3.5",
+                                        "views.crop.0=32", "views.crop.0=40"])  # fmt: skip
+    assert [stage.global_batch for stage in changed.stages] == [None, None, 8]
+    assert changed.stages[1].terms == {"discriminative": 1.0, "restorative": 3.5}
+    assert changed.stages[0] == plain.stages[0]
+    assert changed.views.crop == [40, *plain.views.crop[1:]]
+
+
+@pytest.mark.parametrize("word", ["stages.3.share=2", "stages.last.share=2", "views.crop={a: 1}", "views.crop.7=8"])
+def test_a_place_that_a_recipe_does_not_have_is_named(word: str) -> None:
+    with pytest.raises(UserError, match=rf"^{word.split('=')[0]}: the recipe has no such place"):
+        load_config("dira-tiny", [word])
+
+
 @pytest.mark.parametrize(
     ("word", "named"),
     [
