@@ -209,9 +209,9 @@ def operator_seconds(form: Form, batch: Batch, number: int) -> dict[str, float]:
 
 def measure(
     config: Config, steps: int, place: Place, names: Sequence[str] = FORMS
-) -> tuple[list[Form], dict[str, float], float]:
-    """The forms after `steps` steps each, where there are two the seconds in our operators, and their losses'
-    largest difference."""
+) -> tuple[list[Form], dict[str, float], list[float]]:
+    """The forms after `steps` steps each, where there are two the seconds in our operators, and the relative difference
+    of their losses at each step."""
     method = build_method(config)
     if not hasattr(method, "backbone"):
         raise UserError(f"{config.recipe}: its method has no backbone to tell parts of")
@@ -233,12 +233,12 @@ def measure(
                     waited = time.perf_counter() - began
                 form.step(batch, number, waited)
     losses = zip(forms[0].losses, forms[-1].losses, strict=True)
-    difference = max(abs(a - b) / abs(b) for a, b in losses)
+    differences = [abs(a - b) / abs(b) for a, b in losses]
     inside = {} if place.on_gpu or len(forms) == 1 else operator_seconds(forms[0], batch, number + 1)
-    return forms, inside, difference
+    return forms, inside, differences
 
 
-def report(forms: list[Form], inside: dict[str, float], difference: float) -> str:
+def report(forms: list[Form], inside: dict[str, float], differences: list[float]) -> str:
     ours, other = forms
     rows = [f"{'':<22}" + "".join(f"{form.name:>14}" for form in forms) + f"{'ratio':>10}"]
     for part in ours.parts:
@@ -247,7 +247,11 @@ def report(forms: list[Form], inside: dict[str, float], difference: float) -> st
     one, two = ours.whole(), other.whole()
     rows.append(f"{'step without data':<22}{one:>12.3f} s{two:>12.3f} s{two / one:>9.2f}x")
     rows += [f"  {name:<32}{seconds:>10.3f} s" for name, seconds in sorted(inside.items(), key=lambda item: -item[1])]
-    rows.append(f"largest difference of the losses of {len(ours.losses)} steps: {difference:.1e}")
+    # From the second step on Adam makes whole steps of what is rounding alone in small gradients.
+    rows.append(
+        f"difference of the losses: {differences[0]:.1e} at the first step, at most {max(differences):.1e} in the "
+        f"{len(differences)} steps"
+    )
     return "\n".join(rows)
 
 
@@ -266,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(chosen.recipe, chosen.settings)
         if not config.data:
             raise UserError("data: not given; say data=STORE")
-        forms, inside, difference = measure(config, chosen.steps, place)
+        forms, inside, differences = measure(config, chosen.steps, place)
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -274,13 +278,14 @@ def main(arguments: list[str] | None = None) -> int:
     schedule = forms[0].method.schedule
     batch = schedule.batch(schedule.steps, config.train.global_batch)
     print(about["device"], config.recipe, "batch", batch, "crop", list(config.views.crop))
-    print(report(forms, inside, difference))
+    print(report(forms, inside, differences))
     if chosen.output:
         shape = {"batch": batch, "crop": list(config.views.crop)}
         lines = [
             {**about, "op": f"step of {config.recipe}", "shape": shape, "provider": form.name, "steps": chosen.steps,
              "median_s": form.whole(), "parts_s": {part: form.median(part) for part in form.parts},
-             "loss_difference": difference, **({"operators_s": inside} if form is forms[0] else {})}
+             "first_loss_difference": differences[0], "loss_difference": max(differences),
+             **({"operators_s": inside} if form is forms[0] else {})}
             for form in forms
         ]  # fmt: skip
         append(lines, results_file(chosen.output, about["device"]))

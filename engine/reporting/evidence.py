@@ -112,7 +112,7 @@ def features_of(run: LoadedRun, case: Case, *, untrained: bool = False) -> Featu
     background = case.intensity["background"]
     padded = numpy.pad(image, [(0, -size % stride) for size in image.shape], constant_values=background)
     method = _untrained(run) if untrained else run.method
-    seen = method.inspect(_batch_of(torch.from_numpy(padded)[None, None], method.views))
+    seen = method.inspect(batch_of(torch.from_numpy(padded)[None, None], method.views))
     if "features" not in seen:
         raise UserError(f"{run.config.method.name} has no features to show")
     features = seen["features"][:1].float()
@@ -122,7 +122,7 @@ def features_of(run: LoadedRun, case: Case, *, untrained: bool = False) -> Featu
     return FeatureMap(case.id, frame_of(case.affine, case.spacing_mm, dimensions), image, _numpy(features[0])[inside])
 
 
-def _batch_of(image: Tensor, spec: ViewSpec) -> dict[str, Any]:
+def batch_of(image: Tensor, spec: ViewSpec) -> dict[str, Any]:
     """One image as every view of a batch, neither turned nor changed."""
     batch: dict[str, Any] = {"position": torch.full((1,), 0.5), "case": [""]}
     for name in spec.views:

@@ -16,7 +16,7 @@ def apply(image: Tensor, flips: Tensor | None, turns: Tensor | None) -> Tensor:
     Args:
         image: (B, C, *S).
         flips: (B, D) of 0 and 1; None where nothing is flipped.
-        turns: (B,), 0 to 3; None where nothing is turned. Needs equal last two sides.
+        turns: (B,), 0 to 3; None where nothing is turned. 1 and 3 need equal last two sides.
     """
     return _turned(_flipped(image, flips), turns)
 
@@ -42,9 +42,11 @@ def _flipped(image: Tensor, flips: Tensor | None) -> Tensor:
 def _turned(image: Tensor, turns: Tensor | None) -> Tensor:
     if turns is None:
         return image
-    if image.shape[-1] != image.shape[-2]:
+    odd = turns % 2 > 0
+    if image.shape[-1] == image.shape[-2]:
+        image = _where(odd, image.rot90(1, PLANE), image)
+    elif odd.any():
         raise ValueError(f"image: quarter turns need equal last two sides, got {tuple(image.shape[-2:])}")
-    image = _where(turns % 2 > 0, image.rot90(1, PLANE), image)
     return _where(turns > 1, image.rot90(2, PLANE), image)
 
 

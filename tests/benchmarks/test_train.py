@@ -29,6 +29,7 @@ def test_both_forms_learn_the_same_and_every_part_takes_time(tiny_store: Path, t
     ours, references = (json.loads(line) for line in (tmp_path / "here.jsonl").read_text().splitlines())
     assert ours["provider"] == "ours"
     assert ours["op"] == "step of cover-tiny"
+    assert ours["first_loss_difference"] < 1e-6
     assert ours["loss_difference"] < 1e-4
     for line in (ours, references):
         parts = {name: seconds for name, seconds in line["parts_s"].items() if name != "data"}

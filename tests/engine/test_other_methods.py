@@ -12,9 +12,10 @@ from voxtrast.engine.config import load_config
 from voxtrast.engine.downstream.finetune import finetune
 from voxtrast.engine.export import export
 from voxtrast.engine.report import write_report
+from voxtrast.engine.reporting import evidence
 from voxtrast.engine.runs import build_method
 from voxtrast.engine.weights import load_into, load_weights
-from voxtrast.methods import BackboneConfig, build_network, transferable_state
+from voxtrast.methods import BackboneConfig, build_network, recipe_names, transferable_state
 
 
 class Words(HTMLParser):
@@ -60,6 +61,15 @@ def test_features_of_a_coarser_level_are_shown_at_full_size(
     folder = run("run", "train.steps=1")
     monkeypatch.setattr(StandIn, "inspect", lambda self, batch: {"features": self.backbone.encode(batch["one"])[-1]})
     assert Words(write_report([folder], tmp_path / "report.html")).pictures == 4
+
+
+@pytest.mark.parametrize("recipe", [name for name in recipe_names() if name.endswith("-tiny")])
+def test_every_method_shows_features_of_a_volume_with_unequal_sides(recipe: str) -> None:
+    method = build_method(load_config(recipe)).eval()
+    features = method.inspect(evidence.batch_of(torch.randn(1, 1, 16, 32, 24), method.views))["features"]
+    assert features.shape[0] == 1
+    assert features.shape[2:] == (16, 32, 24)
+    assert features.isfinite().all()
 
 
 def test_views_are_those_of_the_stages_batch(stand_in: None, tiny_store: Path, tmp_path: Path) -> None:

@@ -30,10 +30,12 @@ def test_codes_tell_all_transforms_apart_with_six_entries_in_2d_and_seven_in_3d(
         assert (codes[:, axes:].sum(1) == 1).all()
 
 
-def test_what_no_transform_touches_stays_and_unequal_sides_are_not_turned() -> None:
+def test_what_no_transform_touches_stays_and_unequal_sides_are_turned_by_halves_alone() -> None:
     image = torch.randn(2, 1, 4, 6)
     assert torch.equal(rigid.apply(image, None, None), image)
     flips = torch.tensor([[1, 0], [0, 1]])
     assert torch.equal(rigid.undo(rigid.apply(image, flips, None), flips, None), image)
+    turns = torch.tensor([0, 2])
+    assert torch.equal(rigid.apply(image, None, turns), torch.stack((image[0], image[1].rot90(2, (-2, -1)))))
     with pytest.raises(ValueError, match=r"equal last two sides, got \(4, 6\)"):
-        rigid.apply(image, flips, torch.zeros(2, dtype=torch.int64))
+        rigid.apply(image, flips, torch.tensor([0, 1]))
