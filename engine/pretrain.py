@@ -86,6 +86,8 @@ def pretrain(config: Config) -> None:
             file=sys.stderr,
         )
         _note_warm_up(config, method)
+        if advice := method.advice([case.shape for case in cases]):
+            print(f"note: {advice}", file=sys.stderr)
     learner, critic = wrap(method, config, ranks), wrap_adversary(method, config, ranks)
     about = describe(config, cases)
     Trainer(learner, critic, method, config, ranks, store, cases, aside, damaged, about).train()

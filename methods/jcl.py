@@ -170,6 +170,9 @@ class JCL(Method):
     def check_volumes(self, shapes: Sequence[tuple[int, ...]]) -> None:
         self.contrast.check_volumes(shapes)
 
+    def advice(self, shapes: Sequence[tuple[int, ...]]) -> str | None:
+        return self.contrast.advice(shapes)
+
     def warning(self, step: int, numbers: Mapping[str, float]) -> str | None:
         found = [watch.see(step, numbers) for watch in self.watches]
         return "; ".join(line for line in found if line) or None

@@ -64,6 +64,9 @@ class Method(nn.Module):
     def check_volumes(self, shapes: Sequence[tuple[int, ...]]) -> None:
         """Refuses (ValueError naming the setting) volumes (D, H, W) that lack what the method needs."""
 
+    def advice(self, shapes: Sequence[tuple[int, ...]]) -> str | None:
+        """What of these settings will hardly learn from volumes of (D, H, W), with the remedy; said at the start."""
+
     def exchange(self, batches: list[Batch], step: int) -> None:
         """Called once a step before the forwards with this rank's parts of the global batch, which may add to them."""
 

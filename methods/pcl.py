@@ -92,6 +92,9 @@ class PCL(Method):
     def check_volumes(self, shapes: Sequence[tuple[int, ...]]) -> None:
         self.contrast.check_volumes(shapes)
 
+    def advice(self, shapes: Sequence[tuple[int, ...]]) -> str | None:
+        return None if self.views.views["x1"].box else self.contrast.advice(shapes)
+
     def warning(self, step: int, numbers: Mapping[str, float]) -> str | None:
         return self.watch.see(step, numbers)
 

@@ -217,3 +217,12 @@ def test_the_loss_of_identical_embeddings_grows_with_the_ranks_that_share_the_ba
         assert contrast.collapsed(samples) == pytest.approx(math.log(2 * samples - 1))
         loss = contrast.loss(torch.ones(2 * samples, 4), torch.rand(samples))
         assert loss.item() == pytest.approx(math.log(2 * samples - 1), rel=1e-6)
+
+
+def test_crops_that_show_a_small_part_of_a_plane_are_advised_against() -> None:
+    slabs = PositionalContrast(ContrastConfig(), SLABS)
+    assert slabs.advice([(40, 32, 30), (40, 500, 500), (9, 16, 16)]) is None  # the median has 32 x 30
+    said = slabs.advice([(149, 149, 50)] * 3)
+    assert said is not None
+    assert said.startswith("views.crop: 16 x 16 is 3% of a plane of these volumes (median 149 x 50)")
+    assert PositionalContrast(ContrastConfig(positives="own"), SLABS).advice([(149, 149, 50)]) is None
