@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from voxtrast import kernels
 from voxtrast.engine.config import Config, load_config
 from voxtrast.engine.data.pipeline import ViewPipeline
+from voxtrast.engine.deepspeed import build_optimizer
 from voxtrast.engine.errors import UserError
 from voxtrast.engine.runs import build_method, open_cases
 from voxtrast.methods import Batch, Method
@@ -51,15 +52,17 @@ FORMS = ("ours", "references")
 class Clock:
     """Seconds in each part; one part runs at a time."""
 
+    parts: tuple[str, ...] = PARTS
+
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._running = PARTS[0]
+        self.seconds = dict.fromkeys(self.parts, 0.0)
+        self._running = self.parts[0]
         self._since = 0.0
 
     def start(self, part: str) -> None:
         """A step, with its first part."""
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds = dict.fromkeys(self.parts, 0.0)
         self._running, self._since = part, self._now()
 
     def enter(self, part: str | None) -> str:
@@ -147,11 +150,11 @@ class Form:
         self.clock = Clock(place)
         watch(self.method, self.clock)
         groups = self.method.parameter_groups(config.optimizer.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.optimizer.learning_rate)
+        self.optimizer = build_optimizer(groups, config.optimizer)
         self.parts = [part for part in PARTS if part != "adversary" or method.adversary is not None]
         if self.method.adversary is not None:
             critic, chosen = self.method.adversary.to(place.device), config.adversary_optimizer
-            self.critic_optimizer = torch.optim.Adam(critic.parameters(), lr=chosen.learning_rate)
+            self.critic_optimizer = build_optimizer([{"params": list(critic.parameters())}], chosen)
         self.losses: list[float] = []
         self.taken: list[dict[str, float]] = []
 

@@ -175,13 +175,14 @@ def bench(
         str,
         typer.Argument(
             help="kernels: fused operators; data: views; train: a step by its parts; prepare: resampling; "
-            "methods: whole trainings."
+            "methods: whole trainings; scaling: the engine on one and more ranks."
         ),
     ] = "kernels",
 ) -> None:
     """Measure speed and memory beside what one would otherwise pick: `bench kernels --help` says what can be chosen."""
-    if what not in ("kernels", "data", "train", "prepare", "methods"):
-        raise UserError(f"bench {what}: unknown; this version measures kernels, data, train, prepare and methods")
+    known = ("kernels", "data", "train", "prepare", "methods", "scaling")
+    if what not in known:
+        raise UserError(f"bench {what}: unknown; this version measures {', '.join(known)}")
     sys.argv = [f"voxtrast bench {what}", *context.args]
     runpy.run_module(f"voxtrast.benchmarks.{what}", run_name="__main__", alter_sys=True)
 
