@@ -19,8 +19,9 @@ import torch.distributed as dist
 
 from voxtrast.engine.checks import check_method
 from voxtrast.engine.config import Config, load_config
-from voxtrast.engine.deepspeed import start_processes, stop_processes, wrap, wrap_adversary
+from voxtrast.engine.deepspeed import wrap, wrap_adversary
 from voxtrast.engine.monitor import Monitor
+from voxtrast.engine.ranks import start_processes, stop_processes
 from voxtrast.engine.runs import build_method, open_cases
 from voxtrast.engine.trainer import Trainer
 from voxtrast.methods import Batch, Method

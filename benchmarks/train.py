@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from voxtrast import kernels
 from voxtrast.engine.config import Config, load_config
 from voxtrast.engine.data.pipeline import ViewPipeline
-from voxtrast.engine.deepspeed import build_optimizer
 from voxtrast.engine.errors import UserError
+from voxtrast.engine.optimizers import build_optimizer
 from voxtrast.engine.runs import build_method, open_cases
 from voxtrast.methods import Batch, Method
 

@@ -9,8 +9,8 @@ from ..methods import Method
 from ..methods.backbone import find_architecture
 from .config import Config
 from .data.store import Case
-from .deepspeed import Ranks
 from .errors import UserError
+from .ranks import Ranks
 
 
 def check_method(method: Method, config: Config, ranks: Ranks, cases: Sequence[Case]) -> None:

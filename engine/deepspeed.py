@@ -1,21 +1,17 @@
-"""Processes, DeepSpeed's JSON, engines and optimizers. What is inside an engine is `learner.py`'s."""
+"""DeepSpeed's JSON and engines. What is inside an engine is `learner.py`'s."""
 
 import json
-import logging
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from ..methods import Method
 from .config import Config, OptimizerConfig
 from .errors import UserError
 from .learner import Learner
+from .optimizers import build_optimizer
+from .ranks import Ranks, import_deepspeed
 
 # What the loop, the schedule and the checkpoints rely on; said once, in the typed configuration.
 OURS = {
@@ -30,106 +26,6 @@ OURS = {
     "optimizer": "set optimizer.name and what stands beside it",
     "scheduler": "set schedule.name and what stands beside it",
 }
-
-
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Where this process stands among all of them, and the device that it computes on."""
-
-    rank: int
-    size: int
-    local_rank: int
-    device: torch.device
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean over the ranks; the same on each of them."""
-        return self.sum(values) / self.size
-
-    def sum(self, values: Tensor) -> Tensor:
-        values = values.to(self.device)
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
-
-    def on_first(self, work: Callable[[], Result]) -> Result:
-        """Does the work on the first rank and gives every rank its result; where it fails, every rank ends."""
-        error: Exception | None = None
-        result: list[Any] = [None]
-        if self.first:
-            try:
-                result = [work()]
-            except Exception as caught:
-                error = caught
-        if self.sum(torch.tensor(float(error is not None))).item() > 0:
-            raise error or UserError("stopped, because the first rank could not go on")
-        if self.size > 1:
-            dist.broadcast_object_list(result, 0)
-        found: Result = result[0]
-        return found
-
-    def check_equal(self, module: nn.Module) -> None:
-        """Refuses to go on where the ranks hold different parameters or buffers; to the last bit, and collective.
-
-        They should never differ. A faulty machine, or an operator that is not the same everywhere, makes them drift
-        apart without a word, and what is then saved is the first rank's alone.
-        """
-        if self.size == 1:
-            return
-        state = module.state_dict()
-        sums = torch.stack([t.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64) for t in state.values()])
-        first = sums.to(self.device, copy=True)
-        dist.broadcast(first, 0)
-        different = self.sum((sums.to(self.device) != first).double())
-        names = [name for name, ranks in zip(state, different.tolist(), strict=True) if ranks > 0]
-        if names:
-            raise UserError(
-                f"the ranks hold different parameters ({len(names)} of {len(state)} tensors, first {names[0]}); "
-                f"nothing was saved. Check the machines, then run the same command again: it continues from the last "
-                f"checkpoint"
-            )
-
-
-def start_processes(device: str) -> Ranks:
-    """Joins the processes that a launcher started, or starts as the only one.
-
-    Args:
-        device: auto, cpu or cuda.
-
-    Raises: UserError where cuda was asked for and there is none.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device: cuda was asked for, but torch sees no CUDA device; use device=cpu, or check the driver"
-        )
-    on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    if not on_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    deepspeed = _import_deepspeed()
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed looks for it there
-    if not on_gpu:
-        # DeepSpeed would compile its shared-memory collectives for 40 s at first use; gloo serves as it is.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if size == 1 and not dist.is_initialized():
-        # No port to agree on, so any number of single-process runs fit on one machine.
-        dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
-    chosen = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(chosen)
-    return Ranks(rank, size, local_rank, chosen)
-
-
-def stop_processes() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def deepspeed_json(config: Config, ranks: int) -> dict[str, Any]:
@@ -194,38 +90,10 @@ def wrap_adversary(method: Method, config: Config, ranks: Ranks) -> Learner | No
 
 def _wrap(module: nn.Module, groups: list[dict[str, Any]], chosen: OptimizerConfig, settings: Any) -> Learner:
     optimizer = build_optimizer(groups, chosen)
-    engine, *_ = _import_deepspeed().initialize(
+    engine, *_ = import_deepspeed().initialize(
         model=module, optimizer=optimizer, config=settings, dist_init_required=False
     )
     return Learner(engine)
-
-
-def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer by its name; torch's fused forms."""
-    rate, betas = config.learning_rate, (config.betas[0], config.betas[1])
-    if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
-    if config.name == "adam":
-        return torch.optim.Adam(groups, lr=rate, betas=betas, fused=True)
-    if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=config.momentum, fused=True)
-    return _apex_optimizer(groups, config)
-
-
-def _apex_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    # PyPI's `apex` is another project, so the attribute is looked for and not the package alone.
-    try:
-        from apex import optimizers  # type: ignore[import-not-found]
-
-        chosen = {"apex_fused_adam": optimizers.FusedAdam, "apex_fused_lamb": optimizers.FusedLAMB}[config.name]
-    except (ImportError, AttributeError):
-        raise UserError(
-            f"optimizer.name: {config.name} needs NVIDIA's apex built from its source (the `apex` on PyPI is "
-            f"another project); use optimizer.name=adamw, torch's fused form"
-        ) from None
-    # FusedLAMB would clip at 1.0 for itself; clipping is the engine's.
-    own_clipping = {"max_grad_norm": 0.0} if config.name == "apex_fused_lamb" else {}
-    return chosen(groups, lr=config.learning_rate, betas=tuple(config.betas), **own_clipping)
 
 
 def _read_json(file: str | None) -> dict[str, Any]:
@@ -253,13 +121,3 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         inner = merged.get(key)
         merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return merged
-
-
-def _import_deepspeed() -> Any:
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    try:
-        import deepspeed
-    except ImportError:
-        raise UserError("deepspeed is not installed; install voxtrast[engine]") from None
-    return deepspeed

@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import torch
 
-from .deepspeed import Ranks
 from .errors import UserError
+from .ranks import Ranks
 from .weights import write_whole
 
 

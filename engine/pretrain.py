@@ -20,8 +20,9 @@ from .checkpoint import finished_checkpoints
 from .checks import check_method
 from .config import Config, differences, load_config, read_config, write_config
 from .data.store import INDEX, Store, file_sha256
-from .deepspeed import deepspeed_json, start_processes, stop_processes, wrap, wrap_adversary
+from .deepspeed import deepspeed_json, wrap, wrap_adversary
 from .errors import UserError
+from .ranks import start_processes, stop_processes
 from .runs import build_method, describe, open_cases
 from .trainer import Interrupted, Trainer
 

@@ -20,10 +20,10 @@ from .config import Config, ScheduleConfig
 from .data.pipeline import ViewPipeline
 from .data.sampling import of_validation
 from .data.store import Case, Store
-from .deepspeed import Ranks
 from .errors import UserError
 from .learner import Learner
 from .monitor import Monitor
+from .ranks import Ranks
 from .runs import build_method
 from .signals import StopSignal
 from .weights import RUN_WEIGHTS, save_weights

@@ -15,8 +15,8 @@ from torch import nn
 from voxtrast.engine.checks import check_method
 from voxtrast.engine.config import load_config, read_config
 from voxtrast.engine.data.store import Case, Store
-from voxtrast.engine.deepspeed import Ranks
 from voxtrast.engine.errors import UserError
+from voxtrast.engine.ranks import Ranks
 from voxtrast.engine.runs import build_method
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from voxtrast.engine.deepspeed import Ranks
 from voxtrast.engine.errors import UserError
+from voxtrast.engine.ranks import Ranks
 
 
 def check_on_one_of_two(rank: int, folder: str, drift: float) -> None:
