@@ -26,6 +26,13 @@ def naive_nce(a: Tensor, b: Tensor, bank: Tensor, m0: float, temperature: float)
     return loss / len(a)
 
 
+def assert_gradients_within_rounding(leaves: Sequence[Tensor], doubles: Sequence[Tensor]) -> None:
+    for leaf, double in zip(leaves, doubles, strict=True):
+        assert double.grad is not None
+        assert leaf.grad is not None
+        assert (leaf.grad.double() - double.grad).norm() <= 1e-6 * double.grad.norm()
+
+
 @pytest.mark.parametrize("case", ["random", "one sample", "all equal"])
 def test_contrast_is_the_formula(case: str) -> None:
     method = small_pcrl()
@@ -46,10 +53,7 @@ def test_contrast_is_the_formula(case: str) -> None:
     expected = expected / 3  # type: ignore[assignment]
     expected.backward()  # type: ignore[union-attr]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # type: ignore[union-attr]
-    for leaf, double in zip(leaves, doubles, strict=True):
-        assert double.grad is not None
-        assert leaf.grad is not None
-        assert (leaf.grad.double() - double.grad).norm() <= 1e-6 * double.grad.norm()
+    assert_gradients_within_rounding(leaves, doubles)
 
 
 def naive_mse(image: Tensor, target: Tensor) -> Tensor:
@@ -73,10 +77,7 @@ def test_restoration_is_the_formula(count: int) -> None:
     expected = sum(naive_mse(image, target) for image, target in zip(doubles, targets, strict=True)) / 4
     expected.backward()  # type: ignore[union-attr]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # type: ignore[union-attr]
-    for leaf, double in zip(leaves, doubles, strict=True):
-        assert double.grad is not None
-        assert leaf.grad is not None
-        assert (leaf.grad.double() - double.grad).norm() <= 1e-6 * double.grad.norm()
+    assert_gradients_within_rounding(leaves, doubles)
 
 
 def naive_losses(method: Pcrl, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
