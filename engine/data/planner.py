@@ -271,16 +271,16 @@ def _mixture(
     return [names.index(groups[case.id]) for case in cases], [float(weights[name]) for name in names]
 
 
-def _places(cases: Sequence[Case], foreground: float) -> list[tuple[tuple[int, ...], ...]]:
+def _places(cases: Sequence[Case], foreground: float) -> list[list[list[int]]]:
     if foreground <= 0:
-        return [()] * len(cases)
+        return [[]] * len(cases)
     for case in cases:
         if not case.foreground:
             raise UserError(
                 f"sampling.foreground {foreground}: the index does not say where case {case.id} shows something (it "
                 "was prepared by an older version); prepare into a new folder, or set it to 0"
             )
-    return [case.foreground for case in cases]
+    return [case.places for case in cases]
 
 
 def _word(text: str) -> int:

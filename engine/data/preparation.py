@@ -248,8 +248,8 @@ class Preparation:
 
 def _case(source: Source, digest: tuple[str, str | None], fields: dict[str, Any]) -> Case:
     fields = {**fields, "shape": tuple(fields["shape"]), "spacing_mm": tuple(fields["spacing_mm"])}
-    for name in ("affine", "foreground"):
-        fields[name] = tuple(tuple(row) for row in fields[name])
+    fields["affine"] = tuple(tuple(row) for row in fields["affine"])
+    fields["foreground"] = layout.flat_places(fields["foreground"])
     fields["label_classes"] = tuple(fields.get("label_classes", ()))
     return Case(
         id=source.id,

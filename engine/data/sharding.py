@@ -189,7 +189,7 @@ class RecordedPool(Pool):
             case = self.parts.equal[name]
         else:
             raise UserError(f"no shard holds {name} any more: run all shards again (what is done stays done)")
-        fields = asdict(case)
+        fields = case.as_dict()
         for key in ("id", "source", "source_sha256", "label_source", "label_source_sha256"):
             del fields[key]
         return {"done": fields}

@@ -13,13 +13,19 @@ same versions of the libraries and the same kind of processor (on another one ma
 
 import contextlib
 import errno
+import functools
 import hashlib
+import io
+import itertools
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+import threading
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,8 +38,11 @@ FORMAT = 1
 SETTINGS, INDEX, REJECTED, JOURNAL = "store.json", "index.jsonl", "rejected.jsonl", "journal.jsonl"
 DUPLICATES = "duplicates.jsonl"
 VOLUMES, LABELS = "volumes", "labels"
+READERS = 16  # files that are looked at together: a network disk takes its time for each
 REDO = "delete that file and run the same `voxtrast prepare` again"
 
+
+_PARSER = threading.Lock()
 
 # What a network disk says when it is away for a moment. A file that is damaged or forbidden says something else.
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENETDOWN, errno.ENETUNREACH,
@@ -73,10 +82,21 @@ class Case:
     label_classes: tuple[int, ...] = ()  # values in the stored label, without the background 0
     label_source: str | None = None  # path relative to RAW
     label_source_sha256: str | None = None
-    foreground: tuple[tuple[int, ...], ...] = ()  # voxels (d, h, w) that show something; none in stores of before
+    # Voxels that show something, d, h, w, d, h, w, ...; flat, as a hundred thousand cases have six million of them.
+    # None in stores of before.
+    foreground: "array[int]" = field(default_factory=lambda: array("i"))
+
+    @property
+    def places(self) -> list[list[int]]:
+        """The voxels (d, h, w) of `foreground`."""
+        flat = self.foreground.tolist()
+        return [flat[start : start + 3] for start in range(0, len(flat), 3)]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"foreground": self.places}
 
     def as_line(self) -> str:
-        return json.dumps(asdict(self), allow_nan=False)
+        return json.dumps(self.as_dict(), allow_nan=False)
 
     @staticmethod
     def from_line(line: str) -> "Case":
@@ -89,8 +109,8 @@ class Case:
             raise ValueError(f"unknown field {unknown[0]!r}")
         for name in ("shape", "spacing_mm", "label_classes"):
             values[name] = tuple(values[name]) if name in values else ()
-        for name in ("affine", "foreground"):
-            values[name] = tuple(tuple(row) for row in values.get(name, ()))
+        values["affine"] = tuple(tuple(row) for row in values.get("affine", ()))
+        values["foreground"] = flat_places(values.get("foreground", ()))
         case = Case(**values)
         if len(case.shape) != 3 or len(case.spacing_mm) != 3 or [len(row) for row in case.affine] != [4] * 4:
             raise ValueError("shape, spacing_mm or affine has the wrong length")
@@ -146,14 +166,18 @@ class Store:
 
     def damaged(self, contents: bool) -> dict[str, str]:
         """As `verify`, of the volumes alone and all of them: case id -> what is wrong with its file."""
-        found: dict[str, str] = {}
-        for case in self.cases:
+
+        def complaint(case: Case) -> str | None:
             file, dtype, expected = case_files(self.path, case)[0]
             try:
                 check_file(file, case.shape, dtype, expected if contents else None)
             except UserError as error:
-                found[case.id] = str(error)
-        return found
+                return str(error)
+            return None
+
+        with ThreadPoolExecutor(READERS) as readers:
+            complaints = readers.map(complaint, self.cases, chunksize=1)
+            return {case.id: each for case, each in zip(self.cases, complaints, strict=True) if each is not None}
 
     def verify(self, contents: bool) -> None:
         """Check that the files are those that the index describes.
@@ -161,8 +185,18 @@ class Store:
         Sizes always; the sha256 of every file where `contents` is true (reads the whole store).
         Raises UserError naming the first file that is missing or changed.
         """
-        for case in self.cases:
-            check_case_files(self.path, case, contents)
+        with ThreadPoolExecutor(READERS) as readers:
+            for _ in readers.map(lambda case: check_case_files(self.path, case, contents), self.cases):
+                pass
+
+
+def flat_places(places: Iterable[Sequence[int]]) -> "array[int]":
+    """The field `foreground` of a case. Raises ValueError or TypeError for anything but rows of three whole numbers."""
+    rows = list(places)
+    flat = array("i", itertools.chain.from_iterable(rows))
+    if len(flat) != 3 * len(rows):
+        raise ValueError("foreground has a row that is not of three numbers")
+    return flat
 
 
 def check_case_files(store: Path, case: Case, contents: bool = False) -> None:
@@ -200,8 +234,7 @@ def open_array(file: Path, shape: tuple[int, ...], dtype: str) -> Iterator[Binar
     """
     try:
         with open(file, "rb") as stream:
-            np.lib.format.read_magic(stream)
-            found_shape, fortran, found_dtype = np.lib.format.read_array_header_1_0(stream)
+            found_shape, fortran, found_dtype = _read_header(stream, shape, dtype)
             size, needed = os.fstat(stream.fileno()).st_size, stream.tell() + found_dtype.itemsize * int(np.prod(shape))
             if found_shape != shape or found_dtype != np.dtype(dtype) or fortran:
                 raise UserError(f"{file} holds {found_dtype} {found_shape}, the index says {dtype} {shape}: {REDO}")
@@ -216,6 +249,27 @@ def open_array(file: Path, shape: tuple[int, ...], dtype: str) -> Iterator[Binar
         raise StoreReadError(file, error) from None
     except ValueError as error:
         raise UserError(f"{file} cannot be read ({error}): {REDO}") from None
+
+
+def _read_header(stream: BinaryIO, shape: tuple[int, ...], dtype: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    expected = _header(shape, dtype)
+    if stream.read(len(expected)) == expected:
+        return shape, False, np.dtype(dtype)
+    stream.seek(0)
+    # numpy reads a header with Python's parser, which in CPython 3.11 now and then fails with a SystemError where two
+    # threads are in it.
+    with _PARSER:
+        np.lib.format.read_magic(stream)
+        return np.lib.format.read_array_header_1_0(stream)
+
+
+@functools.lru_cache(maxsize=4096)
+def _header(shape: tuple[int, ...], dtype: str) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        stream, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    )
+    return stream.getvalue()
 
 
 def file_sha256(file: Path) -> str:

@@ -9,11 +9,12 @@ from plan_samples import CASES, assert_equally_probable, make_case
 from voxtrast.engine.data.foreground import foreground_places, otsu_threshold
 from voxtrast.engine.data.planner import Plan, Planner
 from voxtrast.engine.data.sampling import data_sets
+from voxtrast.engine.data.store import flat_places
 from voxtrast.engine.errors import UserError
 from voxtrast.methods.views import BoxRanges, View, ViewSpec
 
 PLACES = ((3, 4, 5), (30, 12, 50), (20, 45, 20))
-CASE = replace(make_case("a", (40, 50, 60)), foreground=PLACES)
+CASE = replace(make_case("a", (40, 50, 60)), foreground=flat_places(PLACES))
 
 
 def drawn(foreground: float, count: int = 600, crop: tuple[int, ...] = (16, 16, 16), **views: View) -> list[Plan]:
@@ -75,14 +76,14 @@ def test_boxes_that_may_lie_anywhere_follow_and_related_ones_do_not() -> None:
 
 
 def test_boxes_of_a_slice_are_drawn_around_places_of_that_slice() -> None:
-    case = replace(CASE, foreground=(*PLACES, (3, 30, 40)))
+    case = replace(CASE, foreground=flat_places((*PLACES, (3, 30, 40))))
     spec = ViewSpec((16, 16), {name: View(box=BoxRanges(sides=[[8, 8]])) for name in ("one", "two")})
     planner = Planner([case], spec, 3, global_batch=1, foreground=0.5)
     around = 0
     for step in range(400):
         plan = planner.plan(step, 0)
         shown = [
-            any(place[0] == lower[0] and holds_in_its_middle(lower, place, (1, 8, 8)) for place in case.foreground)
+            any(place[0] == lower[0] and holds_in_its_middle(lower, place, (1, 8, 8)) for place in case.places)
             for lower in (view.box.lower for view in plan.views.values())
         ]
         around += all(shown)

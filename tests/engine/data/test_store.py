@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pytest
 
+from voxtrast.engine.data import store as store_module
 from voxtrast.engine.data.prepare import check
 from voxtrast.engine.data.store import Case, Store
 from voxtrast.engine.errors import UserError
@@ -57,16 +59,27 @@ def test_a_file_is_opened_once_so_that_it_may_vanish_after_its_check(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = Store(store)
-    case, read_header = opened.cases[0], np.lib.format.read_array_header_1_0
+    case, read_header = opened.cases[0], store_module._read_header
     expected = np.array(opened.volume(case))
 
-    def header_then_unlink(stream: BinaryIO) -> Any:
-        header = read_header(stream)
+    def header_then_unlink(stream: BinaryIO, *expected: Any) -> Any:
+        header = read_header(stream, *expected)
         (store / "volumes" / f"{case.id}.npy").unlink()
         return header
 
-    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", header_then_unlink)
+    monkeypatch.setattr(store_module, "_read_header", header_then_unlink)
     np.testing.assert_array_equal(opened.volume(case), expected)
+
+
+def test_a_header_that_another_program_wrote_is_read_by_many_threads_at_once(store: Path) -> None:
+    opened = Store(store)
+    file = store / "volumes" / f"{opened.cases[0].id}.npy"
+    expected = np.array(opened.volume(opened.cases[0]))
+    header = file.read_bytes()[:128].replace(b"'descr': '<f2', ", b"").replace(b"{", b"{'descr':'<f2',")
+    file.write_bytes(header[:127].ljust(127) + b"\n" + expected.tobytes())
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: np.array(opened.volume(opened.cases[0])), range(200)))
+    assert all(np.array_equal(each, expected) for each in found)
 
 
 def test_a_line_of_the_index_survives_the_round_trip(store: Path) -> None:
@@ -140,7 +153,7 @@ def test_what_is_no_store_or_not_finished_is_said(store: Path, tmp_path: Path) -
         Store(store)
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"id": "x", "colour": "red"}'])
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"id": "x", "colour": "red"}', '{"foreground": [[1, 2]]}'])
 def test_broken_line_of_the_index_is_named(store: Path, line: str) -> None:
     with open(store / "index.jsonl", "a") as index:
         index.write(line + "\n")

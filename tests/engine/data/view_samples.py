@@ -12,7 +12,7 @@ import torch
 from voxtrast.engine.data.foreground import foreground_places
 from voxtrast.engine.data.pipeline import ViewPipeline
 from voxtrast.engine.data.planner import Plan
-from voxtrast.engine.data.store import Case, Store, write_array, write_index, write_settings
+from voxtrast.engine.data.store import Case, Store, flat_places, write_array, write_index, write_settings
 from voxtrast.methods.cover import cover_appearance
 from voxtrast.methods.views import AffineRanges, View, ViewSpec
 
@@ -34,7 +34,7 @@ def make_store(folder: Path, shapes: list[tuple[int, int, int]], dtype: str = "f
         name = f"case{index}"
         sha256 = write_array(folder / "volumes" / f"{name}.npy", volume)
         affine = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0))
-        places = tuple(tuple(place) for place in foreground_places(volume, low, high))
+        places = flat_places(foreground_places(volume, low, high))
         source = f"{'ab'[index % 2]}/{name}.nii"
         case = Case(name, shape, (1.0, 1.0, 1.0), affine, "mr", dtype, intensity, source, "", sha256, foreground=places)
         cases.append(case)
