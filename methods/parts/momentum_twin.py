@@ -56,6 +56,10 @@ class MomentumTwin(nn.Module):
         yield
         self._hide()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What follows, under the names of the source's parameters."""
+        return {name: self.network.get_buffer(name) for name in self._hidden}
+
     def _pairs(self, source: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         for name, theirs in source.named_parameters():
             own = self.network.get_buffer(name)
