@@ -78,26 +78,26 @@ class Learner:
             change: the parameters are changed within, on all ranks alike; ZeRO has float32 values of its own.
         """
         if self._gathered or not self._scattered:
+            assert not (change and self._gathered), "changes need a context of their own"
             yield
-        else:
-            from deepspeed import zero
-
-            parameters: list[Any] = list(self.module.parameters())
-            with zero.GatheredParameters(parameters, modifier_rank=0 if change else None):
-                self._gathered = True
-                for parameter in parameters:  # a forward within must not scatter them again
-                    parameter.ds_active_sub_modules.add(self)
-                try:
-                    yield
-                finally:
-                    for parameter in parameters:
-                        parameter.ds_active_sub_modules.discard(self)
-                    self._gathered = False
-                if change and self._pieces:
-                    self._pieces.put(self._parameters)
+            if change and self._pieces:
+                self._pieces.put(self._parameters)
             return
-        if change and self._pieces:
-            self._pieces.put(self._parameters)
+        from deepspeed import zero
+
+        parameters: list[Any] = list(self.module.parameters())
+        with zero.GatheredParameters(parameters, modifier_rank=0 if change else None):
+            self._gathered = True
+            for parameter in parameters:  # a forward within must not scatter them again
+                parameter.ds_active_sub_modules.add(self)
+            try:
+                yield
+            finally:
+                for parameter in parameters:
+                    parameter.ds_active_sub_modules.discard(self)
+                self._gathered = False
+            if change and self._pieces:
+                self._pieces.put(self._parameters)
 
     def load_module(self, state: dict[str, Tensor]) -> None:
         with self.whole(change=True):

@@ -70,7 +70,8 @@ class Pieces:
                 view.copy_(copy)
             if self._whole:
                 for name in names:
-                    self._parameters[name].partition()  # type: ignore[operator]  # a whole one has what the step made
+                    parameter: Any = self._parameters[name]
+                    parameter.partition()  # where it is whole, it is what the step made
 
         return restore
 

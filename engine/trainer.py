@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..methods import Batch, Method
 from ..methods.stages import Moment
 from . import checkpoint, stages
+from .average import averaged, begin_average, read_average, update_average
 from .config import Config, ScheduleConfig
 from .data.pipeline import ViewPipeline
 from .data.sampling import of_validation
@@ -190,16 +191,21 @@ class Trainer:
         if self.critic is not None and "adversarial" in self.method.weights(step):
             for batch in batches:
                 _add(numbers, self._critic_step(self.critic, batch), len(batches))
-        with self.learner.whole():  # the momentum encoder and the average follow the parameters
+        with self._whole_for_method():
             self.method.after_step(step)
-            self._update_average()
+        if self.average:
+            with self.learner.whole():
+                update_average(self.average, self.method, self.config.train.ema_decay)
         return self._reduce(numbers, step)
 
     def _exchange(self, batches: list[Batch], step: int) -> None:
         # In the precision of the forward, which the engine sees to: what is shared must not depend on the parts.
         low = torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.train.autocast == "bfloat16")
-        with low, self.learner.whole():
+        with low, self._whole_for_method():
             self.method.exchange(batches, step)
+
+    def _whole_for_method(self) -> AbstractContextManager[None]:
+        return self.learner.whole() if self.method.reads_parameters else nullcontext()
 
     def _critic_at_hand(self) -> AbstractContextManager[None]:
         """The critic judges for the generator past its engine."""
@@ -330,20 +336,12 @@ class Trainer:
             self.critic.load_module(state.adversary)
             self.critic.load_optimizer_state(state.adversary_optimizer)
         self.loaded = state.loaded
-        names = dict(self.method.named_parameters())  # earlier versions averaged what is a buffer now
-        self.average = {name: each.to(self.ranks.device) for name, each in state.average.items() if name in names}
+        self.average = read_average(state.average, self.method, self.ranks.device)
         return state.step
 
     def _begin_average(self) -> None:
         with self.learner.whole():
-            self.average = stages.parameters_of(self.method)
-
-    def _update_average(self) -> None:
-        decay = self.config.train.ema_decay
-        if decay:
-            with torch.no_grad():
-                for name, parameter in self.method.named_parameters():
-                    self.average[name].lerp_(parameter.detach().float(), 1 - decay)
+            self.average = begin_average(self.method)
 
     def _save(self, step: int) -> None:
         optimizers = [each.optimizer_state() for each in self._learners()]
@@ -363,19 +361,8 @@ class Trainer:
     def _save_weights(self, step: int) -> None:
         untrained = [name for name in self.method.untrained() if name not in self.loaded]
         about = self.description | {"step": step, "untrained": untrained}
-        with self._averaged():
+        with averaged(self.method, self.average):
             save_weights(self.run / RUN_WEIGHTS, self.method.transferable(), about)
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Within, the parameters are their moving averages, where there are any."""
-        parameters = {name: each for name, each in self.method.named_parameters() if name in self.average}
-        values = {name: each.data for name, each in parameters.items()}
-        for name, each in parameters.items():
-            each.data = self.average[name].to(each.dtype)
-        yield
-        for name, each in parameters.items():
-            each.data = values[name]
 
 
 def rate_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
