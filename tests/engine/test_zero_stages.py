@@ -16,6 +16,7 @@ from voxtrast.engine.checkpoint import State
 from voxtrast.engine.config import load_config, read_config
 from voxtrast.engine.deepspeed import deepspeed_json, synchronise_batch_norm
 from voxtrast.engine.errors import UserError
+from voxtrast.engine.runs import build_method
 from voxtrast.engine.weights import load_weights
 from voxtrast.methods import METHODS
 from voxtrast.methods.parts.momentum_twin import MomentumTwin
@@ -34,10 +35,10 @@ CLIP = "optimizer.gradient_clip=0.05"
 @pytest.mark.parametrize(
     "words",
     [
-        (*STAGE[2], "train.accumulation=2"),
         (*STAGE[3], CLIP, "train.accumulation=2"),
         (*STAGE[2], OFFLOAD, CLIP),
-        (*STAGE[3], OFFLOAD),
+        pytest.param((*STAGE[2], "train.accumulation=2"), marks=pytest.mark.slow),
+        pytest.param((*STAGE[3], OFFLOAD), marks=pytest.mark.slow),
         pytest.param((*STAGE[0], CLIP), marks=pytest.mark.slow),
         pytest.param((*STAGE[1], CLIP, OFFLOAD), marks=pytest.mark.slow),
         pytest.param((*STAGE[2], CLIP, OFFLOAD, "train.accumulation=2"), marks=pytest.mark.slow),
@@ -77,7 +78,7 @@ def test_a_run_goes_on_under_its_own_stage_bit_for_bit(stage: int, run: Run, tmp
     assert_same_bits(state_of(resumed), state_of(whole))
 
 
-@pytest.mark.parametrize("start", ["initial", "other"])
+@pytest.mark.parametrize("start", ["other", pytest.param("initial", marks=pytest.mark.slow)])
 def test_a_stage_of_a_training_begins_under_zero_3_as_without_it(start: str, run: Run, tmp_path: Path) -> None:
     if start == "other":
         run("other", "seed=7", "train.steps=1")
@@ -167,18 +168,26 @@ METHOD = {
              "method.hidden=16", "method.outputs=8", "method.bank=24", "method.critic_width=4",
              "views.crop=[16,16,16]"),
 }  # fmt: skip
+# JCL's first steps without clipping are so wide that the rounding of a sum decides where they lead.
 OPTIMIZER = {
-    "sgd": ("optimizer.name=sgd", "optimizer.learning_rate=0.01", "adversary_optimizer.name=sgd",
-            "adversary_optimizer.learning_rate=0.01"),
+    "sgd": ("optimizer.name=sgd", "optimizer.learning_rate=0.005", "optimizer.gradient_clip=1",
+            "adversary_optimizer.name=sgd", "adversary_optimizer.learning_rate=0.005"),
     "adamw": ("optimizer.name=adamw", "optimizer.learning_rate=0.001"),
 }  # fmt: skip
+HEADING = (
+    f"{'method':8}{'optimizer':10}{'ranks':>6}{'ZeRO':>6}{'losses':>10}{'parameters':>12}{'of the way':>12}  tensor"
+)
 
 
 @pytest.mark.slow
 def test_table_of_ranks_stages_and_methods(tiny_store: Path, tmp_path: Path) -> None:
-    """Run with -s it is printed: the largest relative difference from one process under ZeRO 0, of the losses of ten
-    steps, and of the parameters, each tensor for itself. Adam takes full steps of gradients that are rounding alone
-    (biases before a norm): its losses agree, such parameters need not, so they are shown and not judged."""
+    """With -s it is printed: how far ten steps are from those of one process under ZeRO 0.
+
+    Largest relative difference of the losses; of all parameters, |a - b| / |b|; the same as a share of the way that
+    they went, |a - b| / |b - start|, which a gradient that lacks a part would show at once; and of the tensor that is
+    furthest for itself. Adam takes full steps of gradients that are rounding alone (biases before a norm), and the next
+    losses see them: it is shown beside and not judged.
+    """
     cells = {}
     for ranks in (1, 2, 4):
         runs = {
@@ -191,26 +200,45 @@ def test_table_of_ranks_stages_and_methods(tiny_store: Path, tmp_path: Path) -> 
         for cell, folder in folders.items():
             reference = tmp_path / "-".join(map(str, (*cell[:2], 1, 0)))
             cells[cell] = differences(folder, reference)
-    print(
-        f"\n{'method':8}{'optimizer':10}{'ranks':>6}{'ZeRO':>6}{'losses':>10}{'parameters':>12}  of which the furthest"
-    )
-    for (method, optimizer, ranks, stage), (losses, parameters, name) in sorted(cells.items()):
-        print(f"{method:8}{optimizer:10}{ranks:6}{stage:6}{losses:10.1e}{parameters:12.1e}  {name}")
-    for cell, (losses, parameters, name) in cells.items():
-        assert losses < 1e-5 or cell[1] == "adamw", cell
-        assert parameters < 1e-5 or cell[1] == "adamw", (cell, name)
+    print(f"\n{HEADING}")
+    for (method, optimizer, ranks, stage), (losses, parameters, way, furthest, name) in sorted(cells.items()):
+        found = f"{losses:10.1e}{parameters:12.1e}{way:12.1e}{furthest:9.1e} {name}"
+        print(f"{method:8}{optimizer:10}{ranks:6}{stage:6}{found}")
+    for cell, (losses, parameters, way, _, _) in cells.items():
+        if cell[1] == "sgd":
+            assert losses < 1e-5, cell
+            assert parameters < 1e-5, cell
+            assert way < 1e-4, cell
 
 
-def differences(run: Path, reference: Path) -> tuple[float, float, str]:
+def differences(run: Path, reference: Path) -> tuple[float, float, float, float, str]:
     pairs = zip(lines_of(run), lines_of(reference), strict=True)
     losses = max(abs(one["loss"] - other["loss"]) / abs(other["loss"]) for one, other in pairs)
-    first, second = (dict(tensors_of(state_of(each, 10))) for each in (run, reference))
-    parts = ("model ", "adversary ")
-    furthest = max(
-        (apart(tensor, second[name]), name) for name, tensor in first.items()
-        if name.startswith(parts) and tensor.is_floating_point()
-    )  # fmt: skip
-    return losses, furthest[0], furthest[1].split(" ", 1)[1]
+    first, second = (parameters_of(state_of(each, 10), reference) for each in (run, reference))
+    start = parameters_of(None, reference)
+    furthest = max((apart(tensor, second[name]), name) for name, tensor in first.items())
+    distance, length, way = (
+        torch.stack([each.double().norm() for each in tensors]).norm().item()
+        for tensors in (
+            [first[name] - second[name] for name in start],
+            [second[name] for name in start],
+            [second[name] - start[name] for name in start],
+        )
+    )
+    return losses, distance / length, distance / way, *furthest
+
+
+def parameters_of(state: State | None, run: Path) -> dict[str, Tensor]:
+    """Of the method and its adversary, in a state or as they began."""
+    method = build_method(read_config(run / "config.yaml"))
+    modules = {"": method} | ({"adversary.": method.adversary} if method.adversary is not None else {})
+    found = {}
+    for prefix, module in modules.items():
+        tensors = dict(module.named_parameters())
+        if state is not None:
+            tensors = {name: (state.adversary if prefix else state.model)[name] for name in tensors}
+        found |= {prefix + name: tensor.detach() for name, tensor in tensors.items()}
+    return found
 
 
 def test_batch_norm_of_a_twin_is_synchronised_as_well() -> None:
