@@ -59,6 +59,7 @@ BREAKING = (
     ("zero_optimization.zero_quantized_nontrainable_weights", "parameters would be rounded", "leave it out"),
     ("zero_optimization.zenflow", "parameters would move steps after their gradients", "leave it out"),
     ("zero_optimization.round_robin_gradients", "checkpoints rely on the order of parameters", "leave it out"),
+    ("zero_optimization.zero_hpz_partition_size", "its second copy is not put back with the first", "leave it out"),
     ("zero_optimization.ignore_unused_parameters", "a stage may leave parameters unused", "leave it out"),
     ("data_efficiency", "batches and their order are the data plane's", "use stages and sampling.*"),
     ("compile", "the wrapped graph could not be gathered", "leave it out"),

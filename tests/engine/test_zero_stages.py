@@ -18,7 +18,7 @@ from voxtrast.engine.deepspeed import deepspeed_json, synchronise_batch_norm
 from voxtrast.engine.errors import UserError
 from voxtrast.engine.runs import build_method
 from voxtrast.engine.weights import load_weights
-from voxtrast.methods import METHODS
+from voxtrast.methods import METHODS, recipe_names
 from voxtrast.methods.parts.momentum_twin import MomentumTwin
 
 # DeepSpeed keeps small parameters whole on every rank under ZeRO 3: in a test these are all of them.
@@ -241,6 +241,32 @@ def parameters_of(state: State | None, run: Path) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["none", "bfloat16"])
+def test_every_small_recipe_as_it_stands_takes_the_same_steps_under_every_stage(
+    precision: str, tiny_store: Path, tmp_path: Path
+) -> None:
+    """On two ranks; four steps, in which every stage of dira-tiny has its turn. With the same cut of the batch nothing
+    but sums over ranks can differ, and of two ranks these have one order."""
+    words = ("train.steps=4", "train.global_batch=4", "train.ema_decay=0.5", f"train.autocast={precision}",
+             "optimizer.name=sgd", "optimizer.gradient_clip=1", "loader.threads=1", "validation.every=2",
+             "validation.fraction=0.34", "validation.batches=1", "schedule.warmup_steps=0", "checkpoint.every=100",
+             "device=cpu")  # fmt: skip
+    recipes = [name for name in recipe_names() if name.endswith("-tiny")]
+    folders = {(name, stage): tmp_path / f"{name}{stage}" for name in recipes for stage in (0, 2, 3)}
+    plan = [
+        (name, f"data={tiny_store}", f"output={folder}", *words, *STAGE[stage])
+        for (name, stage), folder in folders.items()
+    ]
+    assert run_pool(2, plan, tmp_path / "pool", timeout=1800) == [""] * len(plan)
+    for (name, stage), folder in folders.items():
+        if stage:
+            plain, tolerance = folders[name, 0], 1e-5 if precision == "none" else 1e-2
+            losses = [[line["loss"] for line in lines_of(each)] for each in (folder, plain)]
+            assert losses[0] == pytest.approx(losses[1], rel=tolerance), (name, stage)
+            assert_nearly_same(state_of(folder, 4), state_of(plain, 4), 10 * tolerance)
+
+
 def test_batch_norm_of_a_twin_is_synchronised_as_well() -> None:
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     both = nn.ModuleDict({"network": network, "twin": MomentumTwin(network, 0.9)})
@@ -273,6 +299,7 @@ def known() -> Iterator[None]:
         (["deepspeed.extra.zero_optimization.mics_shard_size=2"], r"zero_optimization\.mics_shard_size is gone"),
         (["deepspeed.extra.optimizer.type=OneBitAdam"], r"optimizer is decided by voxtrast; set optimizer\.name"),
         (["deepspeed.extra.zero_optimization.offload_optimizer.device=cpu"], r"set deepspeed\.offload_optimizer"),
+        (["deepspeed.config_file=FOLDER/nebula.json"], r"--deepspeed_config .*nebula\.json: nebula is gone"),
         (["deepspeed.extra.zero_optimization.compute_grad_norm=false"], "compute_grad_norm=false leaves no norm"),
         (["deepspeed.extra.zero_optimization.zero_quantized_weights=true"], "not offered: parameters would be rounded"),
         (["method.adversary=wgan_gp", "deepspeed.zero_stage=3"], "wgan_gp needs gradients of gradients"),
@@ -281,6 +308,8 @@ def known() -> Iterator[None]:
 def test_what_cannot_be_run_is_refused_with_the_reason(
     words: list[str], named: str, known: None, tmp_path: Path
 ) -> None:
+    (tmp_path / "nebula.json").write_text('{"nebula": {"enabled": true}}')
+    words = [word.replace("FOLDER", str(tmp_path)) for word in words]
     with pytest.raises(UserError, match=named):
         deepspeed_json(load_config(str(recipe(tmp_path)), words), ranks=1)
 
