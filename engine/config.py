@@ -75,7 +75,8 @@ class LoaderConfig:
 
 @dataclass
 class DeepSpeedConfig:
-    zero_stage: int = 0
+    zero_stage: int = 0  # 0 to 3: what the ranks share out: nothing, moments, gradients too, parameters too
+    offload_optimizer: str = "none"  # none | cpu: where the moments lie and the optimizer runs; needs zero_stage >= 1
     extra: dict[str, Any] = field(default_factory=dict)  # merged into DeepSpeed's JSON as it is
     config_file: str | None = None  # a JSON file merged likewise, before `extra`
 
@@ -130,6 +131,8 @@ CHOICES = {
     "loader.on_error": ("substitute", "raise"),
     "resume": ("auto", "never"),
     "device": ("auto", "cpu", "cuda"),
+    "deepspeed.zero_stage": (0, 1, 2, 3),
+    "deepspeed.offload_optimizer": ("none", "cpu"),
 }
 POSITIVE = (
     "train.steps",
@@ -336,7 +339,8 @@ def _check(merged: Any) -> None:
     for key, choices in CHOICES.items():
         value = OmegaConf.select(merged, key)
         if value not in choices:
-            raise UserError(f"{key}: {value!r} is not one of {', '.join(choices)};{_nearest(str(value), choices)}")
+            nearest = _nearest(str(value), [str(choice) for choice in choices])
+            raise UserError(f"{key}: {value!r} is not one of {', '.join(map(str, choices))};{nearest}")
     for keys, lowest in ((POSITIVE, "more than 0"), (NOT_NEGATIVE, "0 or more")):
         for key in keys:
             value = OmegaConf.select(merged, key)
@@ -361,8 +365,11 @@ def _check(merged: Any) -> None:
             f"method.adversary: the gradient penalty of wgan_gp needs gradients of gradients, which ZeRO above 1 gives "
             f"back in parts; set deepspeed.zero_stage to 0 or 1, got {merged.deepspeed.zero_stage}"
         )
-    if merged.deepspeed.zero_stage not in (0, 1):
-        raise UserError(f"deepspeed.zero_stage: this version runs stages 0 and 1, got {merged.deepspeed.zero_stage}")
+    if merged.deepspeed.offload_optimizer != "none" and merged.deepspeed.zero_stage == 0:
+        raise UserError(
+            f"deepspeed.offload_optimizer: {merged.deepspeed.offload_optimizer} needs the moments in ZeRO's flat "
+            f"partitions; set deepspeed.zero_stage to 1, 2 or 3, also on one rank, or deepspeed.offload_optimizer=none"
+        )
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

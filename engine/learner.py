@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .pieces import Pieces
+
 OptimizerState = dict[str, dict[str, Tensor]]  # by the parameters' names
 
 
@@ -14,13 +16,16 @@ class Learner:
     """Steps as a plain loop takes them: a parameter that no loss of a step reaches stays as it is, moments and all.
 
     DeepSpeed gives such a parameter a gradient of zeros, with which an optimizer would decay it, and move it by what is
-    left of earlier gradients. Under ZeRO 1 Adam counts the steps of a parameter group, not of each parameter.
+    left of earlier gradients. Under ZeRO 1 to 3 Adam counts the steps of a parameter group, not of each parameter.
     """
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.module: nn.Module = engine.module
         self._parameters = _trained(self.module)
+        self._pieces = Pieces(engine.optimizer, self._parameters) if engine.zero_optimization_stage() > 0 else None
+        self._scattered = engine.zero_optimization_stage() == 3
+        self._gathered = False
         self._reached: set[nn.Parameter] = set()
         for parameter in self._parameters.values():
             parameter.register_post_accumulate_grad_hook(self._reached.add)
@@ -51,82 +56,79 @@ class Learner:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
             return
-        untouched = [each for each in self._parameters.values() if each not in self._reached]
+        untouched = [name for name, each in self._parameters.items() if each not in self._reached]
         self._reached.clear()
-        with self._kept(untouched):
+        if self._pieces is None:
+            for name in untouched:
+                self._parameters[name].grad = None
             self.engine.step()
+            return
+        restore = self._pieces.keep(untouched)
+        self.engine.step()
+        restore()
+        self._pieces.forget_gradients()
 
     @contextlib.contextmanager
-    def _kept(self, parameters: list[nn.Parameter]) -> Iterator[None]:
-        if not self.partitioned:
-            for parameter in parameters:
-                parameter.grad = None
+    def whole(self, change: bool = False) -> Iterator[None]:
+        """Within, the module's parameters are whole on every rank, also under ZeRO 3, and may be used past the engine.
+
+        Not within a backward, and without a step of this learner. Collective.
+
+        Args:
+            change: the parameters are changed within, on all ranks alike; ZeRO has float32 values of its own.
+        """
+        if self._gathered or not self._scattered:
+            assert not (change and self._gathered), "changes need a context of their own"
             yield
+            if change and self._pieces:
+                self._pieces.put(self._parameters)
             return
-        before = [(tensor, tensor.detach().clone()) for tensor in self._slices(parameters)]
-        yield  # where the step makes the first moments, those of zero gradients are zeros
-        for tensor, value in before:
-            tensor.copy_(value)
+        from deepspeed import zero
 
-    def _slices(self, parameters: list[nn.Parameter]) -> Iterator[Tensor]:
-        """The parameters, and what this rank holds of their float32 values and their moments."""
-        for parameter in parameters:
-            yield parameter.data
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is None:  # another rank's
-                continue
-            flat = self.engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-            address = mapping.get_hp_fragment_address()
-            for tensor in (flat, *self.engine.optimizer.optimizer.state.get(flat, {}).values()):
-                if torch.is_tensor(tensor) and tensor.shape == flat.shape:
-                    yield tensor.data.narrow(0, address.start, address.numel)
-
-    @property
-    def partitioned(self) -> bool:
-        return hasattr(self.engine.optimizer, "single_partition_of_fp32_groups")
-
-    def forget_moments(self) -> None:
-        optimizer = self.engine.optimizer
-        (optimizer.optimizer if self.partitioned else optimizer).state.clear()
+        parameters: list[Any] = list(self.module.parameters())
+        with zero.GatheredParameters(parameters, modifier_rank=0 if change else None):
+            self._gathered = True
+            for parameter in parameters:  # a forward within must not scatter them again
+                parameter.ds_active_sub_modules.add(self)
+            try:
+                yield
+            finally:
+                for parameter in parameters:
+                    parameter.ds_active_sub_modules.discard(self)
+                self._gathered = False
+            if change and self._pieces:
+                self._pieces.put(self._parameters)
 
     def load_module(self, state: dict[str, Tensor]) -> None:
-        self.module.load_state_dict(state)
-        self.parameters_changed()
+        with self.whole(change=True):
+            self.module.load_state_dict(state)
 
-    def parameters_changed(self) -> None:
-        """After a change of the parameters from outside: ZeRO has float32 values of its own."""
-        if self.partitioned:
-            from deepspeed.utils import safe_set_full_fp32_param
-
-            for parameter in self._parameters.values():
-                safe_set_full_fp32_param(parameter, parameter.detach().float())
+    def forget_moments(self) -> None:
+        (self.engine.optimizer if self._pieces is None else self._pieces).state.clear()
 
     def optimizer_state(self) -> OptimizerState:
-        """Full tensors, the same for every ZeRO stage. Collective."""
-        optimizer = self.engine.optimizer
-        if not self.partitioned:
+        """Whole tensors on the CPU, the same for every ZeRO stage. Collective."""
+        if self._pieces is None:
+            optimizer = self.engine.optimizer
             return {
                 name: {key: torch.as_tensor(value).detach().cpu().clone() for key, value in optimizer.state[p].items()}
                 for name, p in self._parameters.items()
                 if p in optimizer.state
             }
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        inner = optimizer.optimizer
-        state: OptimizerState = {}
-        if not inner.state:
-            return state
-        _link_optimizer_state(optimizer)
-        flat = optimizer.single_partition_of_fp32_groups[0]
-        whole = [k for k, value in inner.state[flat].items() if torch.is_tensor(value) and value.shape == flat.shape]
-        single = {k: torch.as_tensor(v).cpu().clone() for k, v in inner.state[flat].items() if k not in whole}
-        for name, parameter in self._parameters.items():
-            state[name] = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in whole} | single
+        cut, numbers = self._pieces.moments()
+        if not cut and not numbers:
+            return {}
+        state: OptimizerState = {
+            name: {key: value.cpu().clone() for key, value in numbers.items()} for name in self._parameters
+        }
+        for key in cut:
+            for name, tensor in self._pieces.gather(key).items():
+                state[name][key] = tensor.cpu().clone()
         return state
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
-        """Puts full tensors back, whatever the ZeRO stage and the number of ranks that they were saved under."""
-        if not self.partitioned:
+        """Puts whole tensors back, whatever the ZeRO stage and the number of ranks that they were saved under."""
+        if self._pieces is None:
             for name, values in state.items():
                 parameter = self._parameters[name]
                 self.engine.optimizer.state[parameter] = {
@@ -135,31 +137,16 @@ class Learner:
             return
         if not state:
             return
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        zero = self.engine.optimizer
-        first = next(iter(state.values()))
-        for flat in zero.single_partition_of_fp32_groups:
-            zero.optimizer.state[flat] = {
-                key: value.to(flat.device, copy=True) if value.ndim == 0 else torch.zeros_like(flat)
-                for key, value in first.items()
-            }
-        _link_optimizer_state(zero)
-        for name, values in state.items():
-            parameter = self._parameters[name]
+        # Of all parameters' steps the most: those that were reached late count with the others.
+        numbers: dict[str, Tensor] = {}
+        for values in state.values():
             for key, value in values.items():
-                if value.ndim > 0:
-                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
-
-
-def _link_optimizer_state(zero: Any) -> None:
-    """Links the parameters to their slices of the optimizer state.
-
-    DeepSpeed does so once, after the first step of the first parameter group: the other groups have no state by then
-    and stay without (0.19.8), and so does a state that was loaded before any step.
-    """
-    zero._hp_optimizer_states_linked = False
-    zero._lazy_init_hp_params_optimizer_state()
+                if value.ndim == 0:
+                    numbers[key] = torch.maximum(numbers.get(key, value), value)
+        cut = sorted({key for values in state.values() for key in values} - set(numbers))
+        self._pieces.make_moments(cut, numbers)
+        for key in cut:
+            self._pieces.put({name: values[key] for name, values in state.items() if key in values}, key)
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -16,7 +16,8 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
     if config.name == "adam":
         return torch.optim.Adam(groups, lr=rate, betas=betas, fused=True)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=config.momentum, fused=True)
+        # Not fused: that fails where a parameter is reached for the first time later than others.
+        return torch.optim.SGD(groups, lr=rate, momentum=config.momentum, foreach=True)
     return _apex_optimizer(groups, config)
 
 

@@ -1,7 +1,5 @@
 """What a stage of a training starts from."""
 
-from torch import Tensor
-
 from ..methods import Method
 from ..methods.stages import Moment
 from .errors import UserError
@@ -27,8 +25,3 @@ def take_weights(path: str, method: Method) -> list[str]:
     untrained = description.get("untrained", [])
     copy_into(method.transferable(), tensors, untrained)
     return [name for name in tensors if name not in untrained]
-
-
-def parameters_of(method: Method) -> dict[str, Tensor]:
-    """Where a moving average of the parameters begins."""
-    return {name: parameter.detach().float().clone() for name, parameter in method.named_parameters()}

@@ -1,12 +1,12 @@
 """The training loop. It adds scale and bookkeeping; what is learned is the method's business."""
 
-import copy
 import itertools
 import math
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..methods import Batch, Method
 from ..methods.stages import Moment
 from . import checkpoint, stages
+from .average import averaged, begin_average, read_average, update_average
 from .config import Config, ScheduleConfig
 from .data.pipeline import ViewPipeline
 from .data.sampling import of_validation
@@ -69,14 +70,16 @@ class Trainer:
         start = self.resumed_at = self._resume()
         steps = self.config.train.steps
         if start == steps:
-            self.ranks.on_first(lambda: self._save_weights(start))
+            with self.learner.whole():
+                self.ranks.on_first(lambda: self._save_weights(start))
             if self.ranks.first:
                 print(f"{self.run} has taken all of its {steps} steps; nothing to do", file=sys.stderr)
             return
         moments = [moment for moment in self.method.schedule.moments if moment.last > start]
-        for moment in moments:
-            if moment.first >= start:
-                stages.check_start(moment, self.method)
+        with self.learner.whole():
+            for moment in moments:
+                if moment.first >= start:
+                    stages.check_start(moment, self.method)
         with self.signal, Monitor(self.run, self.ranks, start, steps) as monitor:
             validation = self._validation_batches()
             self._preflight(validation or self._draw(self.cases, "validation", 1), monitor)
@@ -136,11 +139,11 @@ class Trainer:
             self.loaded = []
         elif stage.start != "previous":
             network = stage.start
-            self.loaded = stages.take_weights(stage.start, self.method)
-            self.method.weights_loaded(moment.first)
-            self.learner.parameters_changed()
+            with self.learner.whole(change=True):
+                self.loaded = stages.take_weights(stage.start, self.method)
+                self.method.weights_loaded(moment.first)
         if stage.start != "previous" and self.average:
-            self.average = stages.parameters_of(self.method)
+            self._begin_average()
         if self.config.stages:
             optimizer = "kept" if moment.first > 0 and not stage.fresh_optimizer else "fresh"
             monitor.say(
@@ -180,21 +183,33 @@ class Trainer:
         self._exchange(batches, step)
         numbers: dict[str, Tensor] = {}
         for batch in batches:
-            losses = self.learner(batch, step)
-            total = torch.stack(list(losses.values())).sum()
-            self.learner.learn(total)
+            with self._critic_at_hand():
+                losses = self.learner(batch, step)
+                total = torch.stack(list(losses.values())).sum()
+                self.learner.learn(total)
             _add(numbers, _named(total, losses, self.method.monitors), len(batches))
         if self.critic is not None and "adversarial" in self.method.weights(step):
             for batch in batches:
                 _add(numbers, self._critic_step(self.critic, batch), len(batches))
-        self.method.after_step(step)
-        self._update_average()
+        with self._whole_for_method():
+            self.method.after_step(step)
+        if self.average:
+            with self.learner.whole():
+                update_average(self.average, self.method, self.config.train.ema_decay)
         return self._reduce(numbers, step)
 
     def _exchange(self, batches: list[Batch], step: int) -> None:
         # In the precision of the forward, which the engine sees to: what is shared must not depend on the parts.
-        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.train.autocast == "bfloat16"):
+        low = torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.train.autocast == "bfloat16")
+        with low, self._whole_for_method():
             self.method.exchange(batches, step)
+
+    def _whole_for_method(self) -> AbstractContextManager[None]:
+        return self.learner.whole() if self.method.reads_parameters else nullcontext()
+
+    def _critic_at_hand(self) -> AbstractContextManager[None]:
+        """The critic judges for the generator past its engine."""
+        return nullcontext() if self.critic is None else self.critic.whole()
 
     def _critic_step(self, critic: Learner, batch: Batch) -> dict[str, Tensor]:
         losses = critic(*self.method.adversary_inputs(batch))
@@ -242,7 +257,8 @@ class Trainer:
             batch = _to_device(held, self.ranks.device)
             self._share([batch])
             self._exchange([batch], step)
-            losses = self.learner(batch, step)
+            with self._critic_at_hand():
+                losses = self.learner(batch, step)
             total = torch.stack(list(losses.values())).sum()
             _add(numbers, _named(total, losses, self.method.monitors), len(batches))
         for each in self._learners():
@@ -307,7 +323,7 @@ class Trainer:
             )
         if state is None:
             if self.config.train.ema_decay:
-                self.average = stages.parameters_of(self.method)
+                self._begin_average()
             return 0
         if state.step > self.config.train.steps:
             raise UserError(
@@ -320,19 +336,14 @@ class Trainer:
             self.critic.load_module(state.adversary)
             self.critic.load_optimizer_state(state.adversary_optimizer)
         self.loaded = state.loaded
-        self.average = {name: tensor.to(self.ranks.device) for name, tensor in state.average.items()}
+        self.average = read_average(state.average, self.method, self.ranks.device)
         return state.step
 
-    def _update_average(self) -> None:
-        decay = self.config.train.ema_decay
-        if decay:
-            with torch.no_grad():
-                for name, parameter in self.method.named_parameters():
-                    self.average[name].lerp_(parameter.detach().float(), 1 - decay)
+    def _begin_average(self) -> None:
+        with self.learner.whole():
+            self.average = begin_average(self.method)
 
     def _save(self, step: int) -> None:
-        for each in self._learners():
-            self.ranks.check_equal(each.module)
         optimizers = [each.optimizer_state() for each in self._learners()]
 
         def write() -> None:
@@ -342,20 +353,16 @@ class Trainer:
             checkpoint.save_checkpoint(self.run / "checkpoints", state, self.config.checkpoint.keep)
             self._save_weights(step)
 
-        self.ranks.on_first(write)
+        with self.learner.whole(), self._critic_at_hand():
+            for each in self._learners():
+                self.ranks.check_equal(each.module)
+            self.ranks.on_first(write)
 
     def _save_weights(self, step: int) -> None:
         untrained = [name for name in self.method.untrained() if name not in self.loaded]
         about = self.description | {"step": step, "untrained": untrained}
-        save_weights(self.run / RUN_WEIGHTS, self._transferable(), about)
-
-    def _transferable(self) -> dict[str, Tensor]:
-        if not self.average:
-            return self.method.transferable()
-        alone = (self.method.group, self.method.adversary)  # cannot be copied; need not be
-        averaged = copy.deepcopy(self.method, {id(each): each for each in alone})
-        averaged.load_state_dict(self.average, strict=False)
-        return averaged.transferable()
+        with averaged(self.method, self.average):
+            save_weights(self.run / RUN_WEIGHTS, self.method.transferable(), about)
 
 
 def rate_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:

@@ -99,6 +99,7 @@ class UnitNorm(nn.Module):
 
 class Cover(Method):
     name = "cover"
+    reads_parameters = False
     Config = CoverConfig
     Views = CoverViews
 

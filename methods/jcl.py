@@ -98,6 +98,7 @@ class PixelProjector(nn.Sequential):
 
 class JCL(Method):
     name = "jcl"
+    reads_parameters = False
     Config = JCLConfig
     Views = JCLViews
 

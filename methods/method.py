@@ -33,6 +33,7 @@ class Method(nn.Module):
     monitors: dict[str, Tensor]  # numbers of the last forward for the log, reduced like the losses; not trained on
     # Trained by an optimizer of its own, by turns with the method; no submodule, so in none of its parameters.
     adversary: nn.Module | None = None
+    reads_parameters = True  # in `exchange` or `after_step`; False spares ZeRO 3 gathering them for these
 
     def __init__(self, terms: Mapping[str, float]) -> None:
         super().__init__()

@@ -52,6 +52,7 @@ class PCLConfig(ContrastConfig):
 
 class PCL(Method):
     name = "pcl"
+    reads_parameters = False
     Config = PCLConfig
     Views = PCLViews
 

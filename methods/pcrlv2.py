@@ -97,6 +97,7 @@ class Scale(nn.Module):
 
 class PcrlV2(Method):
     name = "pcrlv2"
+    reads_parameters = False
     Config = PcrlV2Config
     Views = PcrlV2Views
 

@@ -71,6 +71,8 @@ def plain_loop(config: Config) -> tuple[Method, list[float]]:
                 total = torch.stack(list(method(batch, step).values())).sum()
                 optimizer.zero_grad(set_to_none=True)
                 total.backward()
+                if config.optimizer.gradient_clip:
+                    torch.nn.utils.clip_grad_norm_(method.parameters(), config.optimizer.gradient_clip)
                 optimizer.step()
                 if "adversarial" in method.weights(step):
                     critic.zero_grad(set_to_none=True)
@@ -79,6 +81,13 @@ def plain_loop(config: Config) -> tuple[Method, list[float]]:
                 method.after_step(step)
                 losses.append(total.item())
     return method, losses
+
+
+def forget_after(run: Path, step: int) -> None:
+    """As if the run had been killed before its next checkpoint."""
+    for file in (run / "checkpoints").iterdir():
+        if int(file.stem.removeprefix("step-")) > step:
+            file.unlink()
 
 
 def assert_close(run: Path, method: Method, losses: list[float]) -> None:

@@ -110,5 +110,5 @@ def test_what_follows_the_network_begins_anew_with_other_weights(recipe: str) ->
     else:
         twin, bank = method.discrimination.key_backbone, method.discrimination.bank
     assert bank.pushed.item() == 0
-    for own, theirs in zip(twin.network.parameters(), method.backbone.parameters(), strict=True):
+    for own, theirs in zip(twin.tensors().values(), method.backbone.parameters(), strict=True):
         assert torch.equal(own, theirs)
