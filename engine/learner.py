@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import gradients
+from .loss_scale import LossScale
+from .optimizers import keep, kept_of
+
 OptimizerState = dict[str, dict[str, Tensor]]  # by the parameters' names
 
 
@@ -15,10 +19,13 @@ class Learner:
 
     DeepSpeed gives such a parameter a gradient of zeros, with which an optimizer would decay it, and move it by what is
     left of earlier gradients. Under ZeRO 1 Adam counts the steps of a parameter group, not of each parameter.
+
+    Args:
+        loss_scale: of float16; a step whose gradients it makes overflow is dropped on every rank.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    def __init__(self, engine: Any, loss_scale: LossScale | None = None) -> None:
+        self.engine, self.loss_scale = engine, loss_scale
         self.module: nn.Module = engine.module
         self._parameters = _trained(self.module)
         self._reached: set[nn.Parameter] = set()
@@ -45,16 +52,34 @@ class Learner:
         """Of each rank; the number of micro-batches in a step stays."""
         self.engine.set_train_micro_batch_size(samples)
 
-    def learn(self, loss: Tensor) -> None:
-        """Gradients of one micro-batch; with the last one of a step, the step."""
-        self.engine.backward(loss)
+    def learn(self, loss: Tensor) -> bool:
+        """Gradients of one micro-batch; with the last one of a step, the step. Says whether it was not dropped."""
+        scale = self.loss_scale.scale if self.loss_scale else 1.0
+        gradients.backward(self.engine, loss, scale)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
-            return
+            return True
+        if self.loss_scale:
+            finite = self.sound()
+            self.loss_scale.update(finite)
+            if not finite:
+                self.drop()
+                return False
+            gradients.unscale(self.engine, scale)
         untouched = [each for each in self._parameters.values() if each not in self._reached]
         self._reached.clear()
         with self._kept(untouched):
             self.engine.step()
+        return True
+
+    def sound(self) -> bool:
+        """Whether the gradients of the step are finite on every rank, before it is taken. Collective."""
+        return gradients.are_finite(self.engine)
+
+    def drop(self) -> None:
+        """In place of the step: parameters and moments stay as they are."""
+        self._reached.clear()
+        gradients.drop(self.engine)
 
     @contextlib.contextmanager
     def _kept(self, parameters: list[nn.Parameter]) -> Iterator[None]:
@@ -105,11 +130,8 @@ class Learner:
         """Full tensors, the same for every ZeRO stage. Collective."""
         optimizer = self.engine.optimizer
         if not self.partitioned:
-            return {
-                name: {key: torch.as_tensor(value).detach().cpu().clone() for key, value in optimizer.state[p].items()}
-                for name, p in self._parameters.items()
-                if p in optimizer.state
-            }
+            kept = {name: kept_of(optimizer, parameter) for name, parameter in self._parameters.items()}
+            return {name: values for name, values in kept.items() if values}
         from deepspeed.utils import safe_get_full_optimizer_state
 
         inner = optimizer.optimizer
@@ -128,10 +150,7 @@ class Learner:
         """Puts full tensors back, whatever the ZeRO stage and the number of ranks that they were saved under."""
         if not self.partitioned:
             for name, values in state.items():
-                parameter = self._parameters[name]
-                self.engine.optimizer.state[parameter] = {
-                    key: value.to(parameter.device, copy=True) for key, value in values.items()
-                }
+                keep(self.engine.optimizer, self._parameters[name], values)
             return
         if not state:
             return
