@@ -47,7 +47,7 @@ class Lamb(torch.optim.Optimizer):
         state["exp_avg_sq"].mul_(two).addcmul_(gradient, gradient, value=1 - two)
         deviation = (state["exp_avg_sq"] / (1 - two**taken)).sqrt_().add_(group["eps"])
         direction = (state["exp_avg"] / (1 - one**taken)).div_(deviation)
-        length = torch.ones((), device=parameter.device)
+        length: Tensor | float = 1.0
         if group["weight_decay"]:
             direction.add_(parameter, alpha=group["weight_decay"])
             of_parameter, of_direction = parameter.norm(), direction.norm()

@@ -68,7 +68,7 @@ def _deepspeed_lamb(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
 
         # Its clamp of the layers' factors (0.01 to 10) is DeepSpeed's; clipping is the engine's.
         optimizer: Any = FusedLamb(groups, lr=config.learning_rate, betas=tuple(config.betas), max_grad_norm=0.0)
-    except (ImportError, OSError, RuntimeError, AssertionError, AttributeError) as error:
+    except (ImportError, OSError, RuntimeError, AssertionError, AttributeError, ValueError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"optimizer.name: deepspeed_fused_lamb cannot be built here ({said}); it needs a GPU and nvcc of the "

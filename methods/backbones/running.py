@@ -7,7 +7,7 @@ with other settings, and weights know nothing of them.
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class Running:
 
     def compiled(self, work: Function) -> Function:
         """A function of a network as it is to be called."""
-        return torch.compile(work) if self.compile else work
+        return cast(Function, torch.compile(work)) if self.compile else work
 
 
 @contextlib.contextmanager
@@ -74,8 +74,8 @@ def _statistics_kept(network: nn.Module) -> Iterator[None]:
 def check_compiler(device: torch.device) -> None:
     """Raises: ValueError where torch.compile finds no compiler that works; compiles something small to know."""
     try:
-        compiled: Any = torch.compile(lambda tensor: (tensor.sin() * 2).sum())
-        compiled(torch.ones(8, device=device, requires_grad=True)).backward()
+        compiled: Any = torch.compile(torch.nn.functional.softplus)
+        compiled(torch.ones(8, device=device, requires_grad=True)).sum().backward()
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ValueError(
