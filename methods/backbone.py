@@ -189,6 +189,7 @@ class Backbone(nn.Module):
                 f"backbone.checkpoint_levels: the network has {config.levels} levels, got "
                 f"{self.running.checkpoint_levels}; take 1 or 2, which hold the largest maps"
             )
+        self.running.prepare(self.network)
         # Functions of the backbone and no methods: a copy of it must run itself.
         self._encoded, self._decoded = self.running.compiled(_encoded), self.running.compiled(_decoded)
         # The class count is the downstream task's; these layers get no gradient and are never exported.
@@ -216,7 +217,7 @@ class Backbone(nn.Module):
             image: (B, input_channels, *S), S multiples of `config.stride`.
         """
         self.config.check_size(tuple(image.shape[2:]), "image", image.shape[0] if self.training else None)
-        return self._encoded(self, self.running.image(image))
+        return self._encoded(self, image)
 
     def decode(self, encoder_maps: Sequence[Tensor], blocks: int | None = None) -> list[Tensor]:
         """Decoder maps, coarse to fine, starting with the bottleneck; with all blocks they end at full resolution.

@@ -25,8 +25,8 @@ class Running:
     Args:
         checkpoint_levels: at so many of the finest levels, encoder and decoder keep their inputs alone and compute the
             rest again in backward.
-        channels_last: images go in with their channels last in memory, and convolutions keep it so. Parameters stay as
-            they are: they are converted where they are used.
+        channels_last: convolutions are given their maps with the channels last in memory. Parameters stay as they are:
+            optimizers and ZeRO go through their memory in its order.
         compile: by torch.compile, at the first call for each shape.
     """
 
@@ -34,11 +34,11 @@ class Running:
     channels_last: bool = False
     compile: bool = False
 
-    def image(self, image: Tensor) -> Tensor:
-        if not self.channels_last:
-            return image
-        order = torch.channels_last_3d if image.ndim == 5 else torch.channels_last
-        return image.contiguous(memory_format=order)
+    def prepare(self, network: nn.Module) -> None:
+        if self.channels_last:
+            for module in network.modules():
+                if isinstance(module, _CONVOLUTIONS):
+                    module.register_forward_pre_hook(_channels_last)
 
     def part(self, network: nn.Module, level: int, work: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         """work(*inputs), which is a part of the network at a level, the finest being 0."""
@@ -52,6 +52,15 @@ class Running:
     def compiled(self, work: Function) -> Function:
         """A function of a network as it is to be called."""
         return cast(Function, torch.compile(work)) if self.compile else work
+
+
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _channels_last(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    image, *others = inputs
+    order = torch.channels_last_3d if image.ndim == 5 else torch.channels_last
+    return image.contiguous(memory_format=order), *others
 
 
 @contextlib.contextmanager
