@@ -91,11 +91,11 @@ def measure(config: Config, steps: int, synthetic: bool, bare: bool) -> dict[str
     trainer, clock = engine_of(config, method, place)
     moment = method.schedule.moments[-1]
     batch_size = method.schedule.batch(moment.first, config.train.global_batch)
-    for each in trainer._learners():
+    for each in trainer.learners():
         each.set_micro_batch(batch_size // (trainer.ranks.size * config.train.accumulation))
     taken: list[dict[str, float]] = []
     with (
-        trainer._pipeline(trainer.cases, moment.first, "train", config.train.accumulation, batch_size) as views,
+        trainer.pipeline(trainer.cases, moment.first, "train", config.train.accumulation, batch_size) as views,
         Monitor(trainer.run, trainer.ranks, 0, steps) as monitor,
         communication_timed(clock),
     ):
@@ -105,7 +105,7 @@ def measure(config: Config, steps: int, synthetic: bool, bare: bool) -> dict[str
             batches = [dict(batch) for batch in next(source)]
             clock.enter("rest")
             for_bare = [dict(batch) for batch in batches]
-            numbers, _ = trainer._step(batches, step, moment)
+            numbers, _ = trainer.step(batches, step, moment)
             monitor.step(step + 1, numbers | {"samples_per_second": 0.0, "data_wait": 0.0, "memory_mb": 0.0}, {})
             clock.enter(None)
             taken.append(dict(clock.seconds))

@@ -1,18 +1,21 @@
 """The training step of a recipe by its parts, with our operators and with their torch references.
 
-voxtrast bench train cover-3d data=STORE [train.global_batch=1] [--steps N] [--output FILE]
+voxtrast bench train cover-3d data=STORE [train.global_batch=1] [--steps N] [--synthetic] [--output FILE]
 
 Both forms start from the same weights, see the same batches and take turns (A B A B), so that a machine that slows down
 slows both; their losses are compared step by step. Encoder and decoder are what runs inside the backbone's `encode` and
 `decode`; in backward a part begins where the gradient of its last map is whole. What is left belongs to the losses, a
-momentum encoder among it. The wait for data is what is left of the loader's work while a step runs. With stages, the
-step measured is one of the last stage.
+momentum encoder among it. The wait for data is what is left of the loader's work while a step runs; with `--synthetic`
+one batch is drawn, kept and repeated, so that nothing waits. Memory is what one more step holds at most beyond what is
+held before it. With stages, the step measured is one of the last stage. What several ranks say to each other is part of
+`voxtrast bench scaling`.
 """
 
 import argparse
 import contextlib
 import copy
 import inspect
+import itertools
 import statistics
 import sys
 import time
@@ -28,6 +31,7 @@ from voxtrast.engine.config import Config, load_config
 from voxtrast.engine.data.pipeline import ViewPipeline
 from voxtrast.engine.errors import UserError
 from voxtrast.engine.optimizers import build_optimizer
+from voxtrast.engine.precision import autocast
 from voxtrast.engine.runs import build_method, open_cases
 from voxtrast.methods import Batch, Method
 
@@ -153,36 +157,56 @@ class Form:
         self.optimizer = build_optimizer(groups, config.optimizer)
         self.parts = [part for part in PARTS if part != "adversary" or method.adversary is not None]
         if self.method.adversary is not None:
+            self.critic_scaler = self._scaler()
             critic, chosen = self.method.adversary.to(place.device), config.adversary_optimizer
             self.critic_optimizer = build_optimizer([{"params": list(critic.parameters())}], chosen)
+        self.scaler = self._scaler()
+        self.memory_mb = 0.0
         self.losses: list[float] = []
         self.taken: list[dict[str, float]] = []
+
+    def _scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.place.device.type, enabled=self.config.train.autocast == "float16")
+
+    def autocast(self) -> Any:
+        return autocast(self.config.train.autocast, self.place.device)
 
     def step(self, batch: Batch, number: int, waited: float) -> None:
         batch = dict(batch)  # a method may add to it
         with references_in_methods() if self.name == "references" else contextlib.nullcontext():
             self.clock.start("losses forward")
-            self.method.exchange([batch], number)
-            losses = self.method(batch, number)
+            with self.autocast():
+                self.method.exchange([batch], number)
+                losses = self.method(batch, number)
             total = torch.stack(list(losses.values())).sum()
             self.clock.enter("losses backward")
             self.optimizer.zero_grad(set_to_none=True)
-            total.backward()
+            self.scaler.scale(total).backward()
             self.clock.enter("optimizer")
             if self.config.optimizer.gradient_clip:
+                self.scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optimizer.gradient_clip)
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
             if self.method.adversary is not None and "adversarial" in self.method.weights(number):
                 self.clock.enter("adversary")
                 self.critic_optimizer.zero_grad(set_to_none=True)
-                critic_losses = self.method.adversary(*self.method.adversary_inputs(batch))
-                torch.stack(list(critic_losses.values())).sum().backward()
-                self.critic_optimizer.step()
+                with self.autocast():
+                    critic_losses = self.method.adversary(*self.method.adversary_inputs(batch))
+                self.critic_scaler.scale(torch.stack(list(critic_losses.values())).sum()).backward()
+                self.critic_scaler.step(self.critic_optimizer)
+                self.critic_scaler.update()
                 self.clock.enter("optimizer")
             self.method.after_step(number)
             self.clock.enter(None)
         self.losses.append(total.item())
         self.taken.append({**self.clock.seconds, "data": waited})
+
+    def step_aside(self, batch: Batch, number: int) -> None:
+        """One more step, which counts nowhere."""
+        self.step(batch, number, 0.0)
+        self.losses.pop()
+        self.taken.pop()
 
     def median(self, part: str) -> float:
         return statistics.median(taken[part] for taken in self.taken[1:])  # the first step warms up
@@ -192,6 +216,11 @@ class Form:
         taken = self.taken[1:]
         return sum(each["data"] for each in taken) / sum(sum(each.values()) for each in taken)
 
+    def shares(self) -> dict[str, float]:
+        """Of each part in the time of all steps but the first."""
+        spent = {part: sum(each[part] for each in self.taken[1:]) for part in self.parts}
+        return {part: seconds / sum(spent.values()) for part, seconds in spent.items()}
+
     def whole(self) -> float:
         """Of the step without the wait for data."""
         return statistics.median(sum(taken.values()) - taken["data"] for taken in self.taken[1:])
@@ -200,9 +229,7 @@ class Form:
 def operator_seconds(form: Form, batch: Batch, number: int) -> dict[str, float]:
     """Of one more step: seconds inside each of our operators, forward and backward."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        form.step(batch, number, 0.0)
-    form.losses.pop()
-    form.taken.pop()
+        form.step_aside(batch, number)
     return {
         event.key.removeprefix("voxtrast::"): event.cpu_time_total / 1e6  # forward has all in a child
         for event in profile.key_averages()
@@ -211,7 +238,7 @@ def operator_seconds(form: Form, batch: Batch, number: int) -> dict[str, float]:
 
 
 def measure(
-    config: Config, steps: int, place: Place, names: Sequence[str] = FORMS
+    config: Config, steps: int, place: Place, names: Sequence[str] = FORMS, synthetic: bool = False
 ) -> tuple[list[Form], dict[str, float], list[float]]:
     """The forms after `steps` steps each, where there are two the seconds in our operators, and the relative difference
     of their losses at each step."""
@@ -227,7 +254,7 @@ def measure(
     options: dict[str, Any] = {"seed": config.seed, "global_batch": batch_size, "start_step": first, **loader}
     options["sampling"] = config.sampling
     with ViewPipeline(store, cases, method.views, **options) as views:
-        batches = iter(views)
+        batches: Iterator[list[Batch]] = itertools.repeat(next(iter(views))) if synthetic else iter(views)
         for number in range(first, first + steps + 1):
             for turn, form in enumerate(forms):
                 began = time.perf_counter()
@@ -235,20 +262,26 @@ def measure(
                     (batch,) = next(batches)
                     waited = time.perf_counter() - began
                 form.step(batch, number, waited)
+    for form in forms if len(forms) > 1 else ():
+        form.memory_mb = place.peak_beyond_mb(lambda form=form: form.step_aside(batch, number + 1))  # type: ignore[misc]
     losses = zip(forms[0].losses, forms[-1].losses, strict=True)
     differences = [abs(a - b) / abs(b) for a, b in losses]
-    inside = {} if place.on_gpu or len(forms) == 1 else operator_seconds(forms[0], batch, number + 1)
+    inside = {} if place.on_gpu or len(forms) == 1 else operator_seconds(forms[0], batch, number + 2)
     return forms, inside, differences
 
 
 def report(forms: list[Form], inside: dict[str, float], differences: list[float]) -> str:
     ours, other = forms
-    rows = [f"{'':<22}" + "".join(f"{form.name:>14}" for form in forms) + f"{'ratio':>10}"]
+    rows = [f"{'':<22}" + "".join(f"{form.name:>14}" for form in forms) + f"{'ratio':>10}{'share':>8}"]
+    shares = ours.shares()
     for part in ours.parts:
         one, two = ours.median(part), other.median(part)
-        rows.append(f"{part:<22}{one:>12.3f} s{two:>12.3f} s" + (f"{two / one:>9.2f}x" if one > 1e-6 else ""))
+        ratio = f"{two / one:.2f}x" if one > 1e-6 else ""
+        rows.append(f"{part:<22}{one:>12.3f} s{two:>12.3f} s{ratio:>10}{shares[part]:>8.1%}")
     one, two = ours.whole(), other.whole()
     rows.append(f"{'step without data':<22}{one:>12.3f} s{two:>12.3f} s{two / one:>9.2f}x")
+    one, two = ours.memory_mb, other.memory_mb
+    rows.append(f"{'memory of a step':<22}{one:>11.0f} MB{two:>11.0f} MB{two / one if one else 0:>9.2f}x")
     rows += [f"  {name:<32}{seconds:>10.3f} s" for name, seconds in sorted(inside.items(), key=lambda item: -item[1])]
     # From the second step on Adam makes whole steps of what is rounding alone in small gradients.
     rows.append(
@@ -263,6 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", nargs="?", default="cover-3d", help="a recipe, or the path of a YAML file")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="data=STORE train.global_batch=1 ...")
     parser.add_argument("--steps", type=int, default=20, help="after one that warms up (default: 20)")
+    parser.add_argument("--synthetic", action="store_true", help="one batch again and again")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     parser.add_argument("--output", type=Path, metavar="FILE", help="append JSON lines to FILE or FOLDER/DEVICE.jsonl")
     chosen = parser.parse_intermixed_args(arguments)
@@ -273,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(chosen.recipe, chosen.settings)
         if not config.data:
             raise UserError("data: not given; say data=STORE")
-        forms, inside, differences = measure(config, chosen.steps, place)
+        forms, inside, differences = measure(config, chosen.steps, place, synthetic=chosen.synthetic)
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -287,6 +321,8 @@ def main(arguments: list[str] | None = None) -> int:
         lines = [
             {**about, "op": f"step of {config.recipe}", "shape": shape, "provider": form.name, "steps": chosen.steps,
              "median_s": form.whole(), "parts_s": {part: form.median(part) for part in form.parts},
+             "shares": form.shares(), "memory_mb": form.memory_mb, "synthetic": chosen.synthetic,
+             "precision": config.train.autocast,
              "first_loss_difference": differences[0], "loss_difference": max(differences),
              **({"operators_s": inside} if form is forms[0] else {})}
             for form in forms

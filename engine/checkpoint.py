@@ -31,6 +31,7 @@ class State:
     adversary: dict[str, Tensor] = field(default_factory=dict)
     adversary_optimizer: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     loaded: list[str] = field(default_factory=list)  # transferable tensors that a stage took from a weights file
+    scaler: dict[str, dict[str, float]] = field(default_factory=dict)  # loss scales of float16: method, adversary
 
 
 def save_checkpoint(folder: Path, state: State, keep: int) -> Path:

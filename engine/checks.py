@@ -7,6 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..methods import Method
 from ..methods.backbone import find_architecture
+from ..methods.backbones.running import check_compiler
 from .config import Config
 from .data.store import Case
 from .errors import UserError
@@ -21,6 +22,8 @@ def check_method(method: Method, config: Config, ranks: Ranks, cases: Sequence[C
         for global_batch in sorted(batches):
             method.check_training(global_batch, parts)
         method.check_volumes([case.shape for case in cases])
+        if config.backbone.compile:
+            check_compiler(ranks.device)
     except ValueError as error:
         raise UserError(str(error)) from None
     _check_batch_norm(method, config, ranks, min(batches) // parts)

@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from ..methods import METHODS, BackboneConfig, recipe_names
 from ..methods.stages import Stage
+from .combinations import check_combinations
 from .data.sampling import Sampling
 from .errors import UserError
 from .weights import write_whole
@@ -24,14 +25,15 @@ class TrainConfig:
     steps: int = 1000
     global_batch: int = 2  # samples per step over all ranks and micro-batches
     accumulation: int = 1  # micro-batches per step on each rank
-    autocast: str = "none"  # none | bfloat16
+    autocast: str = "none"  # none | bfloat16 | float16 (with a dynamic loss scale)
     ema_decay: float = 0.0  # 0 switches the moving average off; with it, the average is what is exported
     threads: int = 0  # torch threads per process; 0 leaves them as they are
 
 
 @dataclass
 class OptimizerConfig:
-    name: str = "adamw"  # adamw | adam | sgd | apex_fused_adam | apex_fused_lamb
+    # adamw | adam | sgd | lamb | deepspeed_fused_lamb | apex_fused_adam | apex_fused_lamb
+    name: str = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -49,6 +51,8 @@ class ScheduleConfig:
     name: str = "cosine"  # cosine | constant
     warmup_steps: int = 0  # linear, from learning_rate / warmup_steps
     final_fraction: float = 0.0  # of the learning rate, which the cosine falls to
+    batch_rule: str = "none"  # none | linear | sqrt: how learning rates follow the global batch
+    rule_batch: int = 0  # the global batch that they were made for
 
 
 @dataclass
@@ -116,17 +120,21 @@ CHANGEABLE = (
     "train.accumulation",
     "validation.every",
     "validation.batches",
+    "backbone.checkpoint_levels",
+    "backbone.channels_last",
+    "backbone.compile",
     "checkpoint",
     "loader",
     "deepspeed",
 )
 
-OPTIMIZERS = ("adamw", "adam", "sgd", "apex_fused_adam", "apex_fused_lamb")
+OPTIMIZERS = ("adamw", "adam", "sgd", "lamb", "deepspeed_fused_lamb", "apex_fused_adam", "apex_fused_lamb")
 CHOICES = {
-    "train.autocast": ("none", "bfloat16"),
+    "train.autocast": ("none", "bfloat16", "float16"),
     "optimizer.name": OPTIMIZERS,
     "adversary_optimizer.name": OPTIMIZERS,
     "schedule.name": ("cosine", "constant"),
+    "schedule.batch_rule": ("none", "linear", "sqrt"),
     "loader.verify": ("contents", "sizes"),
     "loader.on_error": ("substitute", "raise"),
     "resume": ("auto", "never"),
@@ -155,6 +163,8 @@ NOT_NEGATIVE = (
     "adversary_optimizer.gradient_clip",
     "seed",
     "schedule.warmup_steps",
+    "schedule.rule_batch",
+    "backbone.checkpoint_levels",
     "validation.every",
 )
 FRACTIONS = (
@@ -360,6 +370,7 @@ def _check(merged: Any) -> None:
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise UserError(f"{group}.betas: expected two numbers from 0 up to less than 1, got {betas}")
     _check_stages(merged)
+    check_combinations(merged)
     if merged.deepspeed.zero_stage > 1 and OmegaConf.select(merged, "method.adversary") == "wgan_gp":
         raise UserError(
             f"method.adversary: the gradient penalty of wgan_gp needs gradients of gradients, which ZeRO above 1 gives "

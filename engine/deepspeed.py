@@ -14,6 +14,7 @@ from ..methods.parts.momentum_twin import MomentumTwin
 from .config import Config, OptimizerConfig
 from .errors import UserError
 from .learner import Learner
+from .loss_scale import LossScale
 from .optimizers import build_optimizer
 from .ranks import Ranks, import_deepspeed
 
@@ -27,7 +28,7 @@ OURS = {
     "zero_optimization.offload_optimizer": "set deepspeed.offload_optimizer",
     "zero_optimization.cpu_offload": "set deepspeed.offload_optimizer",
     "torch_autocast": "set train.autocast",
-    "fp16": "set train.autocast=bfloat16",
+    "fp16": "set train.autocast=float16",
     "bf16": "set train.autocast=bfloat16",
     "optimizer": "set optimizer.name and what stands beside it",
     "scheduler": "set schedule.name and what stands beside it",
@@ -95,8 +96,8 @@ def deepspeed_json(config: Config, ranks: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # with offload; DeepSpeed's own would be compiled for minutes
         # Left unsaid, ZeRO 1 would also keep and add the gradients of convolutions in bfloat16.
         "torch_autocast": {
-            "enabled": config.train.autocast == "bfloat16",
-            "dtype": "bfloat16",
+            "enabled": config.train.autocast != "none",
+            "dtype": "float16" if config.train.autocast == "float16" else "bfloat16",
             "lower_precision_safe_modules": [],
         },
         "steps_per_print": 10**9,  # the engine logs for itself
@@ -175,7 +176,12 @@ def _wrap(module: nn.Module, groups: list[dict[str, Any]], chosen: OptimizerConf
     engine, *_ = import_deepspeed().initialize(
         model=module, optimizer=optimizer, config=settings, dist_init_required=False
     )
-    return Learner(engine)
+    # Its own loss scaling is for each rank and group alone (see loss_scale.py); ZeRO has it in every run of a process
+    # that has ever used float16.
+    engine.torch_autocast_z0_gradscaler = None
+    if engine.zero_optimization():
+        engine.optimizer.torch_autocast_gradscaler = None
+    return Learner(engine, LossScale() if settings["torch_autocast"]["dtype"] == "float16" else None)
 
 
 def _read_json(file: str | None) -> dict[str, Any]:

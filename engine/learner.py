@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import gradients
+from .loss_scale import LossScale
+from .optimizers import keep, kept_of
 from .pieces import Pieces
 
 OptimizerState = dict[str, dict[str, Tensor]]  # by the parameters' names
@@ -17,10 +20,13 @@ class Learner:
 
     DeepSpeed gives such a parameter a gradient of zeros, with which an optimizer would decay it, and move it by what is
     left of earlier gradients. Under ZeRO 1 to 3 Adam counts the steps of a parameter group, not of each parameter.
+
+    Args:
+        loss_scale: of float16; a step whose gradients it makes overflow is dropped on every rank.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    def __init__(self, engine: Any, loss_scale: LossScale | None = None) -> None:
+        self.engine, self.loss_scale = engine, loss_scale
         self.module: nn.Module = engine.module
         self._parameters = _trained(self.module)
         self._pieces = Pieces(engine.optimizer, self._parameters) if engine.zero_optimization_stage() > 0 else None
@@ -50,23 +56,43 @@ class Learner:
         """Of each rank; the number of micro-batches in a step stays."""
         self.engine.set_train_micro_batch_size(samples)
 
-    def learn(self, loss: Tensor) -> None:
-        """Gradients of one micro-batch; with the last one of a step, the step."""
-        self.engine.backward(loss)
+    def learn(self, loss: Tensor) -> bool:
+        """Gradients of one micro-batch; with the last one of a step, the step. Says whether it was not dropped."""
+        scale = self.loss_scale.scale if self.loss_scale else 1.0
+        gradients.backward(self.engine, loss, scale)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
-            return
+            return True
+        if self.loss_scale:
+            finite = self.sound()
+            self.loss_scale.update(finite)
+            if not finite:
+                self.drop()
+                return False
+            gradients.unscale(self.engine, scale)
         untouched = [name for name, each in self._parameters.items() if each not in self._reached]
         self._reached.clear()
         if self._pieces is None:
             for name in untouched:
                 self._parameters[name].grad = None
             self.engine.step()
-            return
+            return True
         restore = self._pieces.keep(untouched)
         self.engine.step()
         restore()
         self._pieces.forget_gradients()
+        return True
+
+    def sound(self) -> bool:
+        """Whether the gradients of the step are finite on every rank, before it is taken. Collective."""
+        return gradients.are_finite(self.engine)
+
+    def drop(self) -> None:
+        """In place of the step: parameters and moments stay as they are."""
+        self._reached.clear()
+        gradients.drop(self.engine)
+        if self._pieces is not None:
+            self._pieces.forget_gradients()
 
     @contextlib.contextmanager
     def whole(self, change: bool = False) -> Iterator[None]:
@@ -109,12 +135,8 @@ class Learner:
     def optimizer_state(self) -> OptimizerState:
         """Whole tensors on the CPU, the same for every ZeRO stage. Collective."""
         if self._pieces is None:
-            optimizer = self.engine.optimizer
-            return {
-                name: {key: torch.as_tensor(value).detach().cpu().clone() for key, value in optimizer.state[p].items()}
-                for name, p in self._parameters.items()
-                if p in optimizer.state
-            }
+            kept = {name: kept_of(self.engine.optimizer, each) for name, each in self._parameters.items()}
+            return {name: values for name, values in kept.items() if values}
         cut, numbers = self._pieces.moments()
         if not cut and not numbers:
             return {}
@@ -130,10 +152,7 @@ class Learner:
         """Puts whole tensors back, whatever the ZeRO stage and the number of ranks that they were saved under."""
         if self._pieces is None:
             for name, values in state.items():
-                parameter = self._parameters[name]
-                self.engine.optimizer.state[parameter] = {
-                    key: value.to(parameter.device, copy=True) for key, value in values.items()
-                }
+                keep(self.engine.optimizer, self._parameters[name], values)
             return
         if not state:
             return

@@ -1,15 +1,22 @@
-"""Optimizers by their names."""
+"""Optimizers by their names, and what each keeps of a parameter from step to step."""
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .config import OptimizerConfig
 from .errors import UserError
+from .lamb import Lamb
+
+GROUP_STEP = "group_step"  # the count of steps of an optimizer that keeps it for a whole group, as apex's do
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer by its name; torch's fused forms."""
+    """The optimizer by its name; torch's fused forms.
+
+    Raises: UserError where it belongs to a package that is not installed or cannot be used here.
+    """
     rate, betas = config.learning_rate, (config.betas[0], config.betas[1])
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
@@ -18,7 +25,59 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
     if config.name == "sgd":
         # Not fused: that fails where a parameter is reached for the first time later than others.
         return torch.optim.SGD(groups, lr=rate, momentum=config.momentum, foreach=True)
+    if config.name == "lamb":
+        return Lamb(groups, lr=rate, betas=betas)
+    if config.name == "deepspeed_fused_lamb":
+        return _deepspeed_lamb(groups, config)
     return _apex_optimizer(groups, config)
+
+
+def kept_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """What the optimizer keeps of one parameter, as tensors of its own on the CPU; empty before its first step."""
+    kept = {
+        key: torch.as_tensor(value).detach().cpu().clone()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if value is not None  # a momentum that has not begun
+    }
+    group = _group_of(optimizer, parameter)
+    return kept | {GROUP_STEP: torch.as_tensor(group["step"]).cpu().clone()} if kept and "step" in group else kept
+
+
+def keep(optimizer: torch.optim.Optimizer, parameter: Tensor, kept: dict[str, Tensor]) -> None:
+    """Puts back what `kept_of` gave."""
+    counts = getattr(optimizer, "counts_in_integers", ())
+    optimizer.state[parameter] = {
+        key: int(value) if key in counts else value.to(parameter.device, copy=True)
+        for key, value in kept.items()
+        if key != GROUP_STEP
+    }
+    if GROUP_STEP in kept:
+        group, step = _group_of(optimizer, parameter), kept[GROUP_STEP]
+        group["step"] = step.to(parameter.device, copy=True) if torch.is_tensor(group.get("step")) else int(step)
+
+
+def _group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+    for group in optimizer.param_groups:
+        if any(each is parameter for each in group["params"]):
+            return group
+    return {}
+
+
+def _deepspeed_lamb(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    try:
+        from deepspeed.ops.lamb import FusedLamb
+
+        # Its clamp of the layers' factors (0.01 to 10) is DeepSpeed's; clipping is the engine's.
+        optimizer: Any = FusedLamb(groups, lr=config.learning_rate, betas=tuple(config.betas), max_grad_norm=0.0)
+    except (ImportError, OSError, RuntimeError, AssertionError, AttributeError, ValueError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"optimizer.name: deepspeed_fused_lamb cannot be built here ({said}); it needs a GPU and nvcc of the "
+            f"version that torch was built with. Use optimizer.name=lamb"
+        ) from None
+    optimizer.counts_in_integers = ("step",)
+    found: torch.optim.Optimizer = optimizer
+    return found
 
 
 def _apex_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:

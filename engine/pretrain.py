@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ..methods import Method
 from .checkpoint import finished_checkpoints
 from .checks import check_method
+from .combinations import check_combinations
 from .config import Config, differences, load_config, read_config, write_config
 from .data.store import INDEX, Store, file_sha256
 from .deepspeed import deepspeed_json, wrap, wrap_adversary
@@ -67,6 +68,7 @@ def pretrain(config: Config) -> None:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     ranks = start_processes(config.device)
+    check_combinations(config, device=ranks.device.type, ranks=ranks.size)
     deepspeed_json(config, ranks.size)
     store, cases, aside, excluded = open_cases(config)
     config.data_sha256 = file_sha256(store.path / INDEX)

@@ -17,14 +17,17 @@ from ..methods import Batch, Method
 from ..methods.stages import Moment
 from . import checkpoint, stages
 from .average import averaged, begin_average, read_average, update_average
-from .config import Config, ScheduleConfig
+from .config import Config
 from .data.pipeline import ViewPipeline
 from .data.sampling import of_validation
 from .data.store import Case, Store
 from .errors import UserError
 from .learner import Learner
+from .loss_scale import LossScale
 from .monitor import Monitor
+from .precision import autocast
 from .ranks import Ranks
+from .rates import derivation, rate_factor, stage_rate
 from .runs import build_method
 from .signals import StopSignal
 from .weights import RUN_WEIGHTS, save_weights
@@ -64,6 +67,7 @@ class Trainer:
         self.average: dict[str, Tensor] = {}
         self.resumed_at = 0
         self.loaded: list[str] = []  # transferable tensors that a stage took from a weights file
+        self.dropped = False  # whether the last step was: float16 could not hold its gradients
         self.signal = StopSignal()
 
     def train(self) -> None:
@@ -88,18 +92,18 @@ class Trainer:
 
     def _train_stage(self, moment: Moment, start: int, validation: list[Batch], monitor: Monitor) -> None:
         global_batch = self.method.schedule.batch(start, self.config.train.global_batch)
-        for each in self._learners():
+        for each in self.learners():
             each.set_micro_batch(global_batch // (self.ranks.size * self.config.train.accumulation))
         if start == moment.first:
             self._begin(moment, global_batch, monitor)
         if start == 0 and validation:
             monitor.validation(0, self._validate(validation, 0))
-        with self._pipeline(self.cases, start, "train", self.config.train.accumulation, global_batch) as views:
+        with self.pipeline(self.cases, start, "train", self.config.train.accumulation, global_batch) as views:
             for step in range(start, moment.last):
                 began = time.perf_counter()
                 batches = self._next(views, step)
                 waited = time.perf_counter() - began
-                numbers, stop = self._step(batches, step, moment)
+                numbers, stop = self.step(batches, step, moment)
                 seconds = time.perf_counter() - began
                 monitor.step(
                     step + 1,
@@ -109,7 +113,8 @@ class Trainer:
                         "samples_per_second": global_batch / seconds,
                         "data_wait": waited / seconds,
                         "memory_mb": monitor.memory_mb(),
-                    },
+                    }
+                    | self._loss_scale(),
                     self._words(step, numbers, moment),
                 )
                 self._after(step + 1, stop, validation, monitor)
@@ -128,7 +133,7 @@ class Trainer:
         """What a stage starts from."""
         stage, network = moment.stage, "as it is"
         if moment.first > 0 and stage.fresh_optimizer:
-            for each in self._learners():
+            for each in self.learners():
                 each.forget_moments()
         if stage.start == "initial":
             network = "initial"
@@ -144,23 +149,33 @@ class Trainer:
                 self.method.weights_loaded(moment.first)
         if stage.start != "previous" and self.average:
             self._begin_average()
+        rate = derivation(self.config, stage.learning_rate, global_batch)
         if self.config.stages:
             optimizer = "kept" if moment.first > 0 and not stage.fresh_optimizer else "fresh"
             monitor.say(
                 f"step {moment.first + 1}: stage {stage.name!r} ({moment.index + 1} of {len(self.config.stages)}), "
-                f"{moment.last - moment.first} steps of {global_batch} samples, learning rate {self._rate(moment):g}, "
+                f"{moment.last - moment.first} steps of {global_batch} samples, learning rate {rate}, "
                 f"terms {', '.join(self.method.weights(moment.first))}; network: {network}, optimizer: {optimizer}"
             )
+        elif self.config.schedule.batch_rule != "none":
+            monitor.say(f"learning rate {rate}")
 
-    def _learners(self) -> list[Learner]:
+    def learners(self) -> list[Learner]:
         return [self.learner] if self.critic is None else [self.learner, self.critic]
 
+    def _loss_scales(self) -> dict[str, LossScale]:
+        named = zip(("method", "adversary"), self.learners(), strict=False)
+        return {name: each.loss_scale for name, each in named if each.loss_scale}
+
     def _rate(self, moment: Moment) -> float:
-        return moment.stage.learning_rate or self.config.optimizer.learning_rate
+        batch = self.method.schedule.batch(moment.first, self.config.train.global_batch)
+        return stage_rate(self.config, moment.stage.learning_rate, batch)
 
     def _words(self, step: int, numbers: dict[str, float], moment: Moment) -> dict[str, str]:
         """What the line of a step says beside its numbers."""
         words = {"stage": moment.stage.name} if self.config.stages else {}
+        if self.dropped:
+            words["dropped"] = "the gradients overflowed float16; the loss scale was halved"
         warning = self.method.warning(step, numbers | {"learning_rate": self.learner.rate})
         return words | {"warning": warning} if warning else words
 
@@ -174,7 +189,7 @@ class Trainer:
                 self._save(step)
             raise
 
-    def _step(self, batches: list[Batch], step: int, moment: Moment) -> tuple[dict[str, float], bool]:
+    def step(self, batches: list[Batch], step: int, moment: Moment) -> tuple[dict[str, float], bool]:
         """One optimizer step over the micro-batches: its numbers over the global batch, and whether to stop."""
         factor = rate_factor(self.config.schedule, step - moment.first, moment.last - moment.first)
         self.learner.rate = self._rate(moment) * factor
@@ -186,8 +201,11 @@ class Trainer:
             with self._critic_at_hand():
                 losses = self.learner(batch, step)
                 total = torch.stack(list(losses.values())).sum()
-                self.learner.learn(total)
+                self.dropped = not self.learner.learn(total)
             _add(numbers, _named(total, losses, self.method.monitors), len(batches))
+        if self.dropped:
+            self.method.step_dropped(step)
+            return self._reduce(numbers, step)
         if self.critic is not None and "adversarial" in self.method.weights(step):
             for batch in batches:
                 _add(numbers, self._critic_step(self.critic, batch), len(batches))
@@ -200,8 +218,7 @@ class Trainer:
 
     def _exchange(self, batches: list[Batch], step: int) -> None:
         # In the precision of the forward, which the engine sees to: what is shared must not depend on the parts.
-        low = torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.train.autocast == "bfloat16")
-        with low, self._whole_for_method():
+        with autocast(self.config.train.autocast, self.ranks.device), self._whole_for_method():
             self.method.exchange(batches, step)
 
     def _whole_for_method(self) -> AbstractContextManager[None]:
@@ -210,6 +227,9 @@ class Trainer:
     def _critic_at_hand(self) -> AbstractContextManager[None]:
         """The critic judges for the generator past its engine."""
         return nullcontext() if self.critic is None else self.critic.whole()
+
+    def _loss_scale(self) -> dict[str, float]:
+        return {"loss_scale": self.learner.loss_scale.scale} if self.learner.loss_scale else {}
 
     def _critic_step(self, critic: Learner, batch: Batch) -> dict[str, Tensor]:
         losses = critic(*self.method.adversary_inputs(batch))
@@ -250,7 +270,7 @@ class Trainer:
     def _validate(self, batches: list[Batch], done: int) -> dict[str, float]:
         """Losses on the held-aside views with the terms of the step taken last."""
         step = max(0, done - 1)
-        for each in self._learners():
+        for each in self.learners():
             each.train(False)
         numbers: dict[str, Tensor] = {}
         for held in batches:
@@ -261,7 +281,7 @@ class Trainer:
                 losses = self.learner(batch, step)
             total = torch.stack(list(losses.values())).sum()
             _add(numbers, _named(total, losses, self.method.monitors), len(batches))
-        for each in self._learners():
+        for each in self.learners():
             each.train()
         mean = self.ranks.mean(torch.stack([value.double() for value in numbers.values()])).tolist()
         return {
@@ -284,10 +304,10 @@ class Trainer:
         return self._draw(self.held_aside, "validation", self.config.validation.batches)
 
     def _draw(self, cases: Sequence[Case], split: str, steps: int) -> list[Batch]:
-        with self._pipeline(cases, 0, split, 1, self.config.train.global_batch) as views:
+        with self.pipeline(cases, 0, split, 1, self.config.train.global_batch) as views:
             return [batches[0] for batches in itertools.islice(views, steps)]
 
-    def _pipeline(
+    def pipeline(
         self, cases: Sequence[Case], start: int, split: str, accumulation: int, global_batch: int
     ) -> ViewPipeline:
         loader = self.config.loader
@@ -335,6 +355,9 @@ class Trainer:
         if self.critic is not None:
             self.critic.load_module(state.adversary)
             self.critic.load_optimizer_state(state.adversary_optimizer)
+        for name, scale in self._loss_scales().items():
+            if name in state.scaler:
+                scale.load(state.scaler[name])
         self.loaded = state.loaded
         self.average = read_average(state.average, self.method, self.ranks.device)
         return state.step
@@ -344,17 +367,18 @@ class Trainer:
             self.average = begin_average(self.method)
 
     def _save(self, step: int) -> None:
-        optimizers = [each.optimizer_state() for each in self._learners()]
+        optimizers = [each.optimizer_state() for each in self.learners()]
 
         def write() -> None:
             state = checkpoint.State(step, self.method.state_dict(), optimizers[0], self.average, loaded=self.loaded)
             if self.critic is not None:
                 state.adversary, state.adversary_optimizer = self.critic.module.state_dict(), optimizers[1]
+            state.scaler = {name: scale.state() for name, scale in self._loss_scales().items()}
             checkpoint.save_checkpoint(self.run / "checkpoints", state, self.config.checkpoint.keep)
             self._save_weights(step)
 
         with self.learner.whole(), self._critic_at_hand():
-            for each in self._learners():
+            for each in self.learners():
                 self.ranks.check_equal(each.module)
             self.ranks.on_first(write)
 
@@ -363,16 +387,6 @@ class Trainer:
         about = self.description | {"step": step, "untrained": untrained}
         with averaged(self.method, self.average):
             save_weights(self.run / RUN_WEIGHTS, self.method.transferable(), about)
-
-
-def rate_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
-    """What the learning rate is multiplied by at a step (from 0): linear warm-up, then cosine or constant."""
-    if step < schedule.warmup_steps:
-        return (step + 1) / schedule.warmup_steps
-    if schedule.name == "constant":
-        return 1.0
-    progress = (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps)
-    return schedule.final_fraction + (1 - schedule.final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def _add(numbers: dict[str, Tensor], more: dict[str, Tensor], parts: int) -> None:

@@ -5,6 +5,7 @@ it is; `backbones/` knows them one by one. What pretraining needs beyond them is
 gives those.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from .backbones import ARCHITECTURES, LEFT_OUT, architecture_of, find_architecture
 from .backbones.nnunet import per_level
+from .backbones.running import FIELDS as RUNNING
+from .backbones.running import Running
 
 __all__ = [
     "ARCHITECTURES",
@@ -43,6 +46,10 @@ class BackboneConfig:
     norm: str = ""  # instance | group | batch
     negative_slope: float = 0.01  # of the leaky ReLU
     skips: bool = True  # False: the decoder sees the bottleneck alone while it is pretrained
+    # How it runs; no part of what it computes, nor of the description of its weights.
+    checkpoint_levels: int = 0  # the finest levels that are computed again in backward, to need less memory
+    channels_last: bool = False  # order of the maps in memory
+    compile: bool = False  # by torch.compile
 
     def __post_init__(self) -> None:
         if self.architecture in ARCHITECTURES:  # an unknown one is refused where it matters, naming the field
@@ -103,8 +110,13 @@ class BackboneConfig:
                 f"to normalise; take {fitting} or fewer levels"
             )
 
+    @property
+    def running(self) -> Running:
+        return Running(*(getattr(self, name) for name in RUNNING))
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """What the network is, without how it runs."""
+        return {name: value for name, value in asdict(self).items() if name not in RUNNING}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BackboneConfig":
@@ -171,6 +183,15 @@ class Backbone(nn.Module):
                 f"backbone.features: {config.levels} levels have {config.levels - 1} decoder blocks, and the method "
                 f"trains {self.decoder_blocks}; add levels, or train fewer"
             )
+        self.running = config.running
+        if not 0 <= self.running.checkpoint_levels <= config.levels:
+            raise ValueError(
+                f"backbone.checkpoint_levels: the network has {config.levels} levels, got "
+                f"{self.running.checkpoint_levels}; take 1 or 2, which hold the largest maps"
+            )
+        self.running.prepare(self.network)
+        # Functions of the backbone and no methods: a copy of it must run itself.
+        self._encoded, self._decoded = self.running.compiled(_encoded), self.running.compiled(_decoded)
         # The class count is the downstream task's; these layers get no gradient and are never exported.
         untrained = (*self.architecture.last_layers, *self._untrained_parts(self.decoder_blocks))
         for name, parameter in self.network.named_parameters(remove_duplicate=False):
@@ -196,7 +217,7 @@ class Backbone(nn.Module):
             image: (B, input_channels, *S), S multiples of `config.stride`.
         """
         self.config.check_size(tuple(image.shape[2:]), "image", image.shape[0] if self.training else None)
-        return self.architecture.encode(self.network, image)
+        return self._encoded(self, image)
 
     def decode(self, encoder_maps: Sequence[Tensor], blocks: int | None = None) -> list[Tensor]:
         """Decoder maps, coarse to fine, starting with the bottleneck; with all blocks they end at full resolution.
@@ -205,12 +226,7 @@ class Backbone(nn.Module):
             encoder_maps: as `encode` gives them, or changed; without skips only the last is looked at.
             blocks: how many blocks to run; those that are trained by default.
         """
-        skips = dict(zip(self.strides, encoder_maps, strict=True)) if self.config.skips else {}
-        maps = [encoder_maps[-1]]
-        for block in range(self.decoder_blocks if blocks is None else blocks):
-            skip = skips.get(self.decoder_strides[block + 1])
-            maps.append(self.architecture.decode(self.network, block, maps[-1], skip))
-        return maps
+        return self._decoded(self, encoder_maps, self.decoder_blocks if blocks is None else blocks)
 
     def transferable(self) -> dict[str, Tensor]:
         return transferable_state(self.network)
@@ -225,6 +241,24 @@ class Backbone(nn.Module):
         """Prefixes of the names of the decoder's blocks from one on."""
         blocks = range(first, self.config.levels - 1)
         return tuple(f"{part}." for block in blocks for part in self.architecture.decoder_parts(block))
+
+
+def _encoded(backbone: Backbone, image: Tensor) -> list[Tensor]:
+    if not backbone.running.checkpoint_levels:
+        return backbone.architecture.encode(backbone.network, image)
+    run = functools.partial(backbone.running.part, backbone.network)
+    return backbone.architecture.encode_by_parts(backbone.network, image, run)
+
+
+def _decoded(backbone: Backbone, encoder_maps: Sequence[Tensor], blocks: int) -> list[Tensor]:
+    network, decode = backbone.network, backbone.architecture.decode
+    skips = dict(zip(backbone.strides, encoder_maps, strict=True)) if backbone.config.skips else {}
+    maps = [encoder_maps[-1]]
+    for block in range(blocks):
+        skip = skips.get(backbone.decoder_strides[block + 1])
+        work, level = functools.partial(decode, network, block), backbone.config.levels - 2 - block
+        maps.append(backbone.running.part(network, level, work, maps[-1], skip))
+    return maps
 
 
 _CENTRING = (nn.InstanceNorm2d, nn.InstanceNorm3d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .parts.feature_bank import FeatureBank
+from .parts.running_standard import RunningStandard
 from .stages import Stage, StageSchedule
 from .views import ViewSpec
 
@@ -81,6 +83,12 @@ class Method(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Runs after each optimizer step: moving averages, banks."""
+
+    def step_dropped(self, step: int) -> None:
+        """Runs in place of `after_step` where the step was not taken: what its forwards collected is thrown away."""
+        for module in self.modules():
+            if isinstance(module, (FeatureBank, RunningStandard)):
+                module.discard()
 
     def weights_loaded(self, step: int) -> None:
         """Runs after the backbone was given other weights: what followed the old ones begins anew."""

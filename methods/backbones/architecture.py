@@ -1,6 +1,7 @@
 """What the backbones have in common: fields with values of their own, an encoder and a decoder opened up."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from ..backbone import BackboneConfig
 
 DEFAULT_SLOPE = 0.01
+RunPart = Callable[..., Tensor]  # run(level, work, *inputs) -> work(*inputs), the finest level being 0
 
 
 class Architecture(ABC):
@@ -48,6 +50,10 @@ class Architecture(ABC):
     @abstractmethod
     def encode(self, network: Any, image: Tensor) -> list[Tensor]:
         """Encoder maps, fine to coarse; the last is the bottleneck."""
+
+    @abstractmethod
+    def encode_by_parts(self, network: Any, image: Tensor, run: RunPart) -> list[Tensor]:
+        """The same maps; what belongs to one level alone goes through `run`."""
 
     @abstractmethod
     def decode(self, network: Any, block: int, below: Tensor, skip: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .architecture import Architecture, require
+from .architecture import Architecture, RunPart, require
 
 if TYPE_CHECKING:
     from ..backbone import BackboneConfig
@@ -92,6 +92,14 @@ class NnUNet(Architecture):
 
     def encode(self, network: Any, image: Tensor) -> list[Tensor]:
         maps: list[Tensor] = network.encoder(image)
+        return maps
+
+    def encode_by_parts(self, network: Any, image: Tensor, run: RunPart) -> list[Tensor]:
+        stem = getattr(network.encoder, "stem", None)
+        first, *others = network.encoder.stages
+        maps = [run(0, first if stem is None else nn.Sequential(stem, first), image)]
+        for level, stage in enumerate(others, 1):
+            maps.append(run(level, stage, maps[-1]))
         return maps
 
     def decode(self, network: Any, block: int, below: Tensor, skip: Tensor | None) -> Tensor:

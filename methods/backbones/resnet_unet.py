@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .architecture import DEFAULT_SLOPE, Architecture, require
+from .architecture import DEFAULT_SLOPE, Architecture, RunPart, require
 
 if TYPE_CHECKING:
     from ..backbone import BackboneConfig
@@ -68,6 +68,20 @@ class ResNetUNet(Architecture):
 
     def encode(self, network: Any, image: Tensor) -> list[Tensor]:
         maps: list[Tensor] = network.encoder(image)
+        return maps
+
+    def encode_by_parts(self, network: Any, image: Tensor, run: RunPart) -> list[Tensor]:
+        encoder = network.encoder
+        parts = [
+            nn.Sequential(encoder.conv1, encoder.bn1, encoder.act),
+            nn.Sequential(encoder.maxpool, encoder.layer1),
+            encoder.layer2,
+            encoder.layer3,
+            encoder.layer4,
+        ]
+        maps: list[Tensor] = []
+        for level, part in enumerate(parts):
+            maps.append(run(level, part, maps[-1] if maps else image))
         return maps
 
     def decode(self, network: Any, block: int, below: Tensor, skip: Tensor | None) -> Tensor:

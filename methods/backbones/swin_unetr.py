@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .architecture import DEFAULT_SLOPE, Architecture, require
+from .architecture import DEFAULT_SLOPE, Architecture, RunPart, require
 
 if TYPE_CHECKING:
     from ..backbone import BackboneConfig
@@ -64,14 +64,18 @@ class SwinUNETR(Architecture):
         return network
 
     def encode(self, network: Any, image: Tensor) -> list[Tensor]:
+        return self.encode_by_parts(network, image, lambda _, work, *inputs: work(*inputs))
+
+    def encode_by_parts(self, network: Any, image: Tensor, run: RunPart) -> list[Tensor]:
+        """The attention is kept whole: it is the smaller part of the finest levels."""
         tokens = network.swinViT(image, network.normalize)
         return [
-            network.encoder1(image),
-            network.encoder2(tokens[0]),
-            network.encoder3(tokens[1]),
-            network.encoder4(tokens[2]),
+            run(0, network.encoder1, image),
+            run(1, network.encoder2, tokens[0]),
+            run(2, network.encoder3, tokens[1]),
+            run(3, network.encoder4, tokens[2]),
             tokens[3],
-            network.encoder10(tokens[4]),
+            run(5, network.encoder10, tokens[4]),
         ]
 
     def decode(self, network: Any, block: int, below: Tensor, skip: Tensor | None) -> Tensor:

@@ -52,6 +52,10 @@ class FeatureBank(nn.Module):
         if self.training:
             self._collected.append(torch.stack([each.detach().to(self.vectors.dtype) for each in keys], dim=1))
 
+    def discard(self) -> None:
+        """Forgets what was collected: its step was not taken."""
+        self._collected.clear()
+
     @torch.no_grad()
     def push(self, group: Any = None) -> None:
         """Puts the collected keys into the bank; collective over `group`."""

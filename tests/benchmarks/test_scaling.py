@@ -17,12 +17,24 @@ WORDS = ["pcl-tiny", "views.crop=[8,16,16]", "backbone.features=[4,8]", "method.
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the ranks of a CPU")
 def test_every_number_of_ranks_has_a_row_whose_parts_make_up_the_step(tiny_store: Path, tmp_path: Path, capsys) -> None:
     lines, picture = tmp_path / "here.jsonl", tmp_path / "bars.png"
-    words = [*WORDS, f"data={tiny_store}", "--ranks", "1,2", "--zero", "0", "--steps", "4", "--synthetic"]
+    words = [
+        *WORDS,
+        f"data={tiny_store}",
+        "--ranks",
+        "1,2",
+        "--zero",
+        "0",
+        "--steps",
+        "4",
+        "--synthetic",
+        "--precision",
+        "bfloat16",
+    ]
     assert scaling.main([*words, "--output", str(lines), "--plot", str(picture)]) == 0
     one, two = (json.loads(line) for line in lines.read_text().splitlines())
     assert (one["ranks"], two["ranks"]) == (1, 2)
     for row in (one, two):
-        assert row["batch"] == 4
+        assert (row["batch"], row["precision"]) == (4, "bfloat16")
         assert set(row["parts_s"]) == set(PARTS)
         assert all(row["parts_s"][part] > 0 for part in ("forward", "backward", "optimizer"))
         assert sum(row["parts_s"].values()) == pytest.approx(row["median_s"], rel=0.5)
@@ -39,6 +51,8 @@ def test_every_number_of_ranks_has_a_row_whose_parts_make_up_the_step(tiny_store
         (["pcl-tiny"], "error: data: not given"),
         (["pcl-tinny", "data=x"], "error: recipe"),
         (["pcl-tiny", "data=x", "--ranks", "two"], "error: --ranks: expected numbers as in 1,2, got 'two'"),
+        (["pcl-tiny", "data=x", "--zero", "0,4"], "error: --zero: expected numbers from 0 to 3, got 4"),
+        (["pcl-tiny", "data=x", "--precision", "half"], "error: --precision: expected some of none, bfloat16, float16"),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,8 +62,8 @@ def test_mistakes_are_one_line(words: list[str], said: str, capsys: pytest.Captu
 
 def test_the_table_has_shares_and_what_the_engine_costs_beyond_a_bare_loop() -> None:
     parts = dict.fromkeys(PARTS, 0.25) | {"data": 0.0, "rest": 0.0}
-    row = {"ranks": 1, "zero_stage": 0, "median_s": 1.0, "samples_a_second": 4.0, "parts_s": parts, "memory_mb": 99.0,
-           "engine_s": 1.02, "bare_s": 1.0}  # fmt: skip
+    row = {"ranks": 1, "zero_stage": 0, "precision": "none", "median_s": 1.0, "samples_a_second": 4.0,
+           "parts_s": parts, "memory_mb": 99.0, "engine_s": 1.02, "bare_s": 1.0}  # fmt: skip
     said = scaling.table([row]).splitlines()
-    assert said[1].split() == ["1", "0", "1.000", "4.00", "0.0", "25.0", "25.0", "25.0", "25.0", "0.0", "99"]
+    assert said[1].split() == ["1", "0", "none", "1.000", "4.00", "0.0", "25.0", "25.0", "25.0", "25.0", "0.0", "99"]
     assert said[2].endswith("+2.0%")

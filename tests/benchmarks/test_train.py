@@ -35,7 +35,22 @@ def test_both_forms_learn_the_same_and_every_part_takes_time(tiny_store: Path, t
         parts = {name: seconds for name, seconds in line["parts_s"].items() if name != "data"}
         assert all(seconds > 0 for seconds in parts.values())
         assert sum(parts.values()) == pytest.approx(line["median_s"], rel=0.5)
+        assert sum(line["shares"].values()) == pytest.approx(1)
+        assert line["memory_mb"] > 0
+        assert line["synthetic"] is False
     assert {"local_correlation", "warp_backward"} <= set(ours["operators_s"])
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_one_batch_can_be_repeated_in_any_precision(precision: str, tiny_store: Path, tmp_path: Path) -> None:
+    output = tmp_path / "here.jsonl"
+    words = [*SMALL, f"data={tiny_store}", f"train.autocast={precision}", "--synthetic", "--steps", "2"]
+    assert train.main([*words, "--device", "cpu", "--output", str(output)]) == 0
+    ours, references = (json.loads(line) for line in output.read_text().splitlines())
+    assert (ours["synthetic"], ours["precision"]) == (True, precision)
+    assert ours["shares"]["data"] < 0.01
+    assert ours["first_loss_difference"] < 1e-3
+    assert references["memory_mb"] > 0
 
 
 def test_a_step_of_the_last_stage_is_told_apart_for_any_method(tiny_store: Path, tmp_path: Path, monkeypatch) -> None:

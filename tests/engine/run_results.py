@@ -12,8 +12,8 @@ from torch import Tensor
 from voxtrast.engine.checkpoint import State, load_checkpoint
 from voxtrast.engine.config import Config
 from voxtrast.engine.data.pipeline import ViewPipeline
+from voxtrast.engine.rates import rate_factor
 from voxtrast.engine.runs import build_method, open_cases
-from voxtrast.engine.trainer import rate_factor
 from voxtrast.methods import Method
 
 TIMES = ("samples_per_second", "data_wait", "memory_mb")

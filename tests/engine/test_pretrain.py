@@ -16,8 +16,8 @@ from voxtrast.engine.checkpoint import finished_checkpoints, load_checkpoint
 from voxtrast.engine.config import ScheduleConfig, load_config, read_config
 from voxtrast.engine.deepspeed import deepspeed_json
 from voxtrast.engine.errors import UserError
+from voxtrast.engine.rates import rate_factor
 from voxtrast.engine.runs import build_method
-from voxtrast.engine.trainer import rate_factor
 from voxtrast.engine.weights import load_weights
 
 SETTINGS = [

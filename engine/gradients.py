@@ -1,0 +1,71 @@
+"""The gradients of a whole step inside a DeepSpeed engine: scaled, looked at, dropped; for every ZeRO stage.
+
+To be called between the last backward of a step and the step itself, when they have been summed over the ranks.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def backward(engine: Any, loss: Tensor, scale: float) -> None:
+    """Gradients of `scale` times the loss; float32, which the scaled loss may need."""
+    loss = loss.float()
+    if zero_of(engine) is None:
+        engine.backward(loss * scale if scale != 1 else loss)
+        return
+    engine.optimizer.override_loss_scale(scale)
+    engine.backward(loss)
+
+
+def unscale(engine: Any, scale: float) -> None:
+    """Takes the scale out of the gradients again; ZeRO does so for itself, together with clipping."""
+    if zero_of(engine) is None and scale != 1:
+        found = [each.grad for each in engine.module.parameters() if each.grad is not None]
+        torch._foreach_mul_(found, 1 / scale)
+
+
+def are_finite(engine: Any) -> bool:
+    """Whether every gradient is, on every rank; all ranks get the same answer. Collective under ZeRO."""
+    zero = zero_of(engine)
+    if zero is not None:
+        return not zero.has_overflow()
+    found = [each.grad for each in engine.module.parameters() if each.grad is not None]
+    # The ranks have the same sums by now. A sum of finite numbers may overflow, the largest of them does not.
+    return not found or bool(torch.stack([each.abs().max() for each in found]).isfinite().all())
+
+
+def drop(engine: Any) -> None:
+    """Ends the step without taking it: gradients are forgotten; parameters and moments stay as they are."""
+    zero = zero_of(engine)
+    if zero is None:
+        # Without gradients the optimizer does nothing; clipping would ask for their norm.
+        engine.zero_grad()
+        refusing = _replaced(engine, clip_fp32_gradients=lambda: None)
+    elif engine.zero_optimization_stage() == 3:
+        refusing = _replaced(zero, _get_norm_groups=lambda: [torch.tensor(-1.0, device=zero.device)])
+    else:
+        refusing = _replaced(zero, check_grad_overflow=True, has_overflow=lambda *_, **__: True)
+    with refusing:  # ZeRO takes its own way out for gradients that are not finite
+        engine.step()
+
+
+def zero_of(engine: Any) -> Any:
+    """ZeRO's optimizer, or None at stage 0."""
+    return engine.optimizer if engine.zero_optimization() else None
+
+
+@contextlib.contextmanager
+def _replaced(holder: Any, **attributes: Any) -> Iterator[None]:
+    """While this lasts, the holder itself has these attributes."""
+    before = {name: vars(holder)[name] for name in attributes if name in vars(holder)}
+    vars(holder).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            vars(holder).pop(name)
+        vars(holder).update(before)
