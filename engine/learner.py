@@ -1,6 +1,7 @@
 """A module in its DeepSpeed engine: steps, and full tensors by name in and out of it, whatever the ZeRO stage."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,11 +47,45 @@ class Learner:
         self.engine.set_train_micro_batch_size(samples)
 
     def learn(self, loss: Tensor) -> None:
-        """Gradients of one micro-batch; with the last one of a step, the step."""
+        """Gradients of one micro-batch; after the last one of a step come `sound` and `step` or `drop`."""
         self.engine.backward(loss)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
+
+    def sound(self) -> Tensor:
+        """1 where the gradients that this rank holds for the step are finite, else 0; (), on the device."""
+        gradients = list(self._gradients())
+        if not gradients:
+            return torch.ones((), device=self.engine.device)
+        # The largest: a sum of squares could overflow where no gradient does.
+        largest = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, math.inf)])
+        return largest.isfinite().all().float()
+
+    def _gradients(self) -> Iterator[Tensor]:
+        if not self.partitioned:
+            yield from (each.grad for each in self._parameters.values() if each.grad is not None)
             return
+        for group in self.engine.optimizer.averaged_gradients.values():
+            yield from (each for each in group or [] if each is not None and each.numel() > 0)
+
+    def drop(self) -> None:
+        """Throws the gradients of the step away in place of the step: parameters and moments stay."""
+        self._reached.clear()
+        if self.partitioned:
+            # What DeepSpeed does itself where it sees an overflow.
+            zero = self.engine.optimizer
+            zero.micro_step_id = -1
+            zero.zero_grad(set_to_none=True)
+            zero._release_preflattened_grad_buffers()
+            for key in zero.averaged_gradients:
+                zero.averaged_gradients[key] = zero.all_grad_tensors[key] = None
+        else:
+            for parameter in self._parameters.values():
+                parameter.grad = None
+        self.engine.micro_steps += 1  # where it counts the micro-batches of the next step from
+
+    def step(self) -> None:
+        """Takes the step that the gradients say."""
         untouched = [each for each in self._parameters.values() if each not in self._reached]
         self._reached.clear()
         with self._kept(untouched):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,10 @@ class Monitor:
         from torch.utils.tensorboard import SummaryWriter
 
         self.log, self.held_aside = (_LineFile(run / name, start) for name in ("log.jsonl", "validation.jsonl"))
-        self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else 0)
+        try:
+            self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else 0)
+        except OSError as error:
+            raise _not_written(run / "tensorboard", error) from None
         self.console = Console(stderr=True)
         self.bar = Progress(
             TextColumn("pretrain"),
@@ -46,7 +50,8 @@ class Monitor:
         """One optimizer step: numbers and words by name; `step` counts from 1. A warning is also said aloud."""
         if not self.active:
             return
-        self.log.write({"step": step, **words, **values})
+        # JSON has no word for what is not finite.
+        self.log.write({"step": step, **words, **{key: v if math.isfinite(v) else None for key, v in values.items()}})
         if "warning" in words:
             self.say(f"warning: step {step}: {words['warning']}")
         self._draw(step, values)
@@ -76,8 +81,11 @@ class Monitor:
         return psutil.Process().memory_info().rss / 1e6
 
     def _draw(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, value, step)
+        try:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, step)
+        except OSError as error:  # of an earlier write: a thread does them
+            raise _not_written(Path(self.tensorboard.log_dir), error) from None
 
     def __enter__(self) -> "Monitor":
         return self
@@ -89,7 +97,8 @@ class Monitor:
             self.bar.stop()
             self.log.close()
             self.held_aside.close()
-            self.tensorboard.close()
+            with contextlib.suppress(OSError):
+                self.tensorboard.close()
 
 
 class _LineFile:
@@ -99,21 +108,28 @@ class _LineFile:
         self.path = path
         kept = [line for line in _lines(path) if _step(line) <= start and start > 0]
         write_whole(path, lambda partial: partial.write_text("".join(line + "\n" for line in kept)))
-        self.file = path.open("a")
+        try:
+            self.file = path.open("a")
+        except OSError as error:
+            raise _not_written(path, error) from None
 
     def write(self, values: dict[str, Any]) -> None:
         try:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); free some space, then run the same command again: "
-                f"it continues from the last checkpoint"
-            ) from None
+            raise _not_written(self.path, error) from None
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self.file.close()
+
+
+def _not_written(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: cannot be written ({error.strerror or error}); free some space or make its folder writable, then run "
+        f"the same command again: it continues from the last checkpoint"
+    )
 
 
 def _lines(path: Path) -> list[str]:

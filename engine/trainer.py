@@ -1,12 +1,11 @@
 """The training loop. It adds scale and bookkeeping; what is learned is the method's business."""
 
-import copy
 import itertools
 import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,21 @@ from torch import Tensor
 
 from ..methods import Batch, Method
 from ..methods.stages import Moment
-from . import checkpoint, stages
+from . import resuming, stages
+from .checkpoint import State
 from .config import Config, ScheduleConfig
 from .data.pipeline import ViewPipeline
 from .data.sampling import of_validation
 from .data.store import Case, Store
 from .errors import UserError
+from .guards import Feed, Guards, Verdict
 from .learner import Learner
 from .monitor import Monitor
 from .ranks import Ranks
 from .runs import build_method
-from .signals import StopSignal
-from .weights import RUN_WEIGHTS, save_weights
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; its state is saved."""
-
-    def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signal_number).name} after step {step}; the same command continues"
-        )
-        self.signal_number = signal_number
+from .saving import Saver, origin_of, transferable
+from .signals import TO_BE_CONTINUED, Clock, Interrupted, StopSignal
+from .step_numbers import add, named
 
 
 class Trainer:
@@ -54,6 +46,7 @@ class Trainer:
         held_aside: Sequence[Case],
         unreadable: Mapping[str, str],
         description: dict[str, Any],
+        clock: Clock | None = None,
     ) -> None:
         self.learner, self.critic, self.method, self.config, self.ranks = learner, critic, method, config, ranks
         self.store, self.cases, self.held_aside = store, cases, held_aside
@@ -61,15 +54,21 @@ class Trainer:
         self.description = description
         self.run = Path(config.output)
         self.average: dict[str, Tensor] = {}
-        self.resumed_at = 0
         self.loaded: list[str] = []  # transferable tensors that a stage took from a weights file
         self.signal = StopSignal()
+        self.clock = clock or Clock(config.train.max_minutes)
+        self.guards = Guards(config.guards, self.run, ranks, [each.module for each in self._learners()])
+        self.saver = Saver(self.run, config.checkpoint)
+        self.saved_at = 0  # step of the last save
+        self.held_seconds = 0.0  # by saves, since the last line of the log
 
     def train(self) -> None:
-        start = self.resumed_at = self._resume()
+        start = self.saved_at = self._resume()
         steps = self.config.train.steps
         if start == steps:
-            self.ranks.on_first(lambda: self._save_weights(start))
+            weights, about = transferable(self.method, self.average), self._about(start)
+            stage = self.method.schedule.at(start - 1).index
+            self.ranks.on_first(lambda: self.saver.write_weights(start, stage, weights, about))
             if self.ranks.first:
                 print(f"{self.run} has taken all of its {steps} steps; nothing to do", file=sys.stderr)
             return
@@ -77,11 +76,12 @@ class Trainer:
         for moment in moments:
             if moment.first >= start:
                 stages.check_start(moment, self.method)
-        with self.signal, Monitor(self.run, self.ranks, start, steps) as monitor:
+        with self.signal, Monitor(self.run, self.ranks, start, steps) as monitor, self.saver:
             validation = self._validation_batches()
             self._preflight(validation or self._draw(self.cases, "validation", 1), monitor)
             for moment in moments:
                 self._train_stage(moment, max(start, moment.first), validation, monitor)
+            self.ranks.on_first(self.saver.finish)
 
     def _train_stage(self, moment: Moment, start: int, validation: list[Batch], monitor: Monitor) -> None:
         global_batch = self.method.schedule.batch(start, self.config.train.global_batch)
@@ -91,39 +91,57 @@ class Trainer:
             self._begin(moment, global_batch, monitor)
         if start == 0 and validation:
             monitor.validation(0, self._validate(validation, 0))
-        with self._pipeline(self.cases, start, "train", self.config.train.accumulation, global_batch) as views:
+        with (
+            self._pipeline(self.cases, start, "train", self.config.train.accumulation, global_batch) as views,
+            Feed(views, self.config.guards.data_timeout_seconds, self.ranks.device) as feed,
+        ):
             for step in range(start, moment.last):
-                began = time.perf_counter()
-                batches = self._next(views, step)
-                waited = time.perf_counter() - began
-                numbers, stop = self._step(batches, step, moment)
-                seconds = time.perf_counter() - began
-                monitor.step(
-                    step + 1,
-                    numbers
-                    | {
-                        "learning_rate": self.learner.rate,
-                        "samples_per_second": global_batch / seconds,
-                        "data_wait": waited / seconds,
-                        "memory_mb": monitor.memory_mb(),
-                    },
-                    self._words(step, numbers, moment),
-                )
-                self._after(step + 1, stop, validation, monitor)
+                self._train_step(feed, step, moment, global_batch, validation, monitor)
             self.unreadable |= views.unreadable
 
-    def _after(self, done: int, stop: bool, validation: list[Batch], monitor: Monitor) -> None:
+    def _train_step(
+        self, feed: Feed, step: int, moment: Moment, global_batch: int, validation: list[Batch], monitor: Monitor
+    ) -> None:
+        began = time.perf_counter()
+        batches = self._next(feed, step, moment)
+        waited = time.perf_counter() - began
+        numbers, verdict = self._step(batches, step, moment)
+        words = self._words(step, numbers, moment, verdict, batches)
+        seconds = time.perf_counter() - began
+        numbers |= {
+            "learning_rate": self.learner.rate,
+            "samples_per_second": global_batch / seconds,
+            "data_wait": waited / seconds,
+            "memory_mb": monitor.memory_mb(),
+            "skipped": float(self.guards.skipped),
+            "save_seconds": self.held_seconds,
+        }
+        self.held_seconds = 0.0
+        monitor.step(step + 1, numbers, words)
+        self.guards.end_if_hopeless(step + 1, verdict.not_finite, batches, verdict.own)
+        self._after(step + 1, moment, verdict, validation, monitor)
+
+    def _after(self, done: int, moment: Moment, verdict: Verdict, validation: list[Batch], monitor: Monitor) -> None:
         last, every = done == self.config.train.steps, self.config.validation.every
+        held_aside = None
         if validation and ((every and done % every == 0) or last):
-            monitor.validation(done, self._validate(validation, done))
-        if stop or last or done % self.config.checkpoint.every == 0:
-            self._save(done)
-        if stop and not last:
-            raise Interrupted(self.signal.number or signal.SIGTERM, done)
+            numbers = self._validate(validation, done)
+            monitor.validation(done, numbers)
+            held_aside = numbers["loss"]
+        ends = verdict.stop or verdict.out_of_time
+        if ends or last or done % self.config.checkpoint.every == 0:
+            self._save(done, moment, held_aside)
+        if ends and not last:
+            self.ranks.on_first(self.saver.finish)
+            if verdict.stop:
+                raise Interrupted.by_signal(self.signal.number or signal.SIGTERM, done)
+            why = f"train.max_minutes={self.config.train.max_minutes:g}"
+            raise Interrupted(why, done, TO_BE_CONTINUED)
 
     def _begin(self, moment: Moment, global_batch: int, monitor: Monitor) -> None:
         """What a stage starts from."""
         stage, network = moment.stage, "as it is"
+        self.guards.begin_stage()
         if moment.first > 0 and stage.fresh_optimizer:
             for each in self._learners():
                 each.forget_moments()
@@ -155,27 +173,35 @@ class Trainer:
     def _rate(self, moment: Moment) -> float:
         return moment.stage.learning_rate or self.config.optimizer.learning_rate
 
-    def _words(self, step: int, numbers: dict[str, float], moment: Moment) -> dict[str, str]:
+    def _words(
+        self, step: int, numbers: dict[str, float], moment: Moment, verdict: Verdict, batches: list[Batch]
+    ) -> dict[str, str]:
         """What the line of a step says beside its numbers."""
         words = {"stage": moment.stage.name} if self.config.stages else {}
-        warning = self.method.warning(step, numbers | {"learning_rate": self.learner.rate})
-        return words | {"warning": warning} if warning else words
+        warnings = [self.guards.warning(numbers["loss"], verdict, batches)]
+        if not verdict.not_finite:
+            warnings.append(self.method.warning(step, numbers | {"learning_rate": self.learner.rate}))
+        said = "; ".join(each for each in warnings if each)
+        return words | {"warning": said} if said else words
 
-    def _next(self, views: Iterator[list[Batch]], step: int) -> list[Batch]:
+    def _next(self, feed: Feed, step: int, moment: Moment) -> list[Batch]:
         try:
-            return next(views)
+            return feed.next(step + 1)
         except UserError:
             # A volume that cannot be read any more must not cost the steps since the last checkpoint. Several ranks
             # cannot save here: the others are on their way into the step.
-            if self.ranks.size == 1 and step > self.resumed_at:
-                self._save(step)
+            if self.ranks.size == 1:
+                if step != self.saved_at:
+                    self._save(step, moment if step > moment.first else self.method.schedule.at(step - 1))
+                self.saver.finish()
             raise
 
-    def _step(self, batches: list[Batch], step: int, moment: Moment) -> tuple[dict[str, float], bool]:
-        """One optimizer step over the micro-batches: its numbers over the global batch, and whether to stop."""
+    def _step(self, batches: list[Batch], step: int, moment: Moment) -> tuple[dict[str, float], Verdict]:
+        """One optimizer step over the micro-batches: its numbers over the global batch, and what was agreed on."""
         factor = rate_factor(self.config.schedule, step - moment.first, moment.last - moment.first)
         self.learner.rate = self._rate(moment) * factor
         batches = [_to_device(batch, self.ranks.device) for batch in batches]
+        self.guards.remember()
         self._share(batches)
         self._exchange(batches, step)
         numbers: dict[str, Tensor] = {}
@@ -183,13 +209,25 @@ class Trainer:
             losses = self.learner(batch, step)
             total = torch.stack(list(losses.values())).sum()
             self.learner.learn(total)
-            _add(numbers, _named(total, losses, self.method.monitors), len(batches))
+            add(numbers, named(total, losses, self.method.monitors), len(batches))
+        stepping = {"gradients": self.learner}
         if self.critic is not None and "adversarial" in self.method.weights(step):
+            stepping["adversary's gradients"] = self.critic
             for batch in batches:
-                _add(numbers, self._critic_step(self.critic, batch), len(batches))
-        self.method.after_step(step)
-        self._update_average()
-        return self._reduce(numbers, step)
+                add(numbers, self._critic_step(self.critic, batch), len(batches))
+        # All is agreed on before anything moves.
+        means, verdict = self._reduce(numbers, stepping)
+        if verdict.not_finite:
+            for each in stepping.values():
+                each.drop()
+            self.method.step_dropped()
+            self.guards.restore()
+        else:
+            for each in stepping.values():
+                each.step()
+            self.method.after_step(step)
+            self._update_average()
+        return means, verdict
 
     def _exchange(self, batches: list[Batch], step: int) -> None:
         # In the precision of the forward, which the engine sees to: what is shared must not depend on the parts.
@@ -214,22 +252,17 @@ class Trainer:
         for batch, share in zip(batches, shares, strict=True):
             batch["share"] = dict(zip(names, share, strict=True))
 
-    def _reduce(self, numbers: dict[str, Tensor], step: int) -> tuple[dict[str, float], bool]:
+    def _reduce(self, numbers: dict[str, Tensor], stepping: Mapping[str, Learner]) -> tuple[dict[str, float], Verdict]:
+        """Means over the ranks, in one collective and one question to the device."""
         names = list(numbers)
-        # The signal travels with the numbers: every rank stops after the same step.
-        values = torch.stack(
-            [
-                *(numbers[name].double() for name in names),
-                torch.tensor(float(self.signal.number != 0), dtype=torch.float64, device=self.ranks.device),
-            ]
-        )
-        mean = self.ranks.mean(values).tolist()
-        if not math.isfinite(mean[0]):
-            raise UserError(
-                f"step {step + 1}: the loss is {mean[0]}; the last checkpoint is whole. Lower "
-                f"optimizer.learning_rate, set optimizer.gradient_clip, or use train.autocast=none"
-            )
-        return dict(zip(names, mean, strict=False)), mean[-1] > 0
+        # What one rank knows travels with the numbers: every rank does the same with the same step.
+        own = torch.tensor([self.signal.number != 0, self.clock.out_of_time], dtype=torch.float64)
+        sound = [each.sound().double() for each in stepping.values()]
+        values = torch.stack([*(numbers[name].double() for name in names), *(1 - each for each in sound)])
+        found = self.ranks.mean(torch.cat((values, own.to(values.device)))).tolist()
+        means = dict(zip(names, found, strict=False))
+        unsound = dict(zip(stepping, found[len(names) :], strict=False))
+        return means, Verdict(found[-2] > 0, found[-1] > 0, self.guards.judge(means, unsound), numbers)
 
     @torch.no_grad()
     def _validate(self, batches: list[Batch], done: int) -> dict[str, float]:
@@ -244,7 +277,7 @@ class Trainer:
             self._exchange([batch], step)
             losses = self.learner(batch, step)
             total = torch.stack(list(losses.values())).sum()
-            _add(numbers, _named(total, losses, self.method.monitors), len(batches))
+            add(numbers, named(total, losses, self.method.monitors), len(batches))
         for each in self._learners():
             each.train()
         mean = self.ranks.mean(torch.stack([value.double() for value in numbers.values()])).tolist()
@@ -295,32 +328,18 @@ class Trainer:
         )
 
     def _resume(self) -> int:
-        state, damaged = checkpoint.load_latest(self.run / "checkpoints")
-        if self.ranks.first:
-            for line in damaged:
-                print(f"skipped: {line}", file=sys.stderr)
-        step = state.step if state else 0
-        if self.ranks.mean(torch.tensor(float(step))).item() != step:
-            raise UserError(
-                f"output: the ranks do not see the same checkpoints in {self.run}; it must be a folder that all of "
-                f"the machines share"
-            )
+        state = resuming.find_state(self.run, self.config, self.ranks)
         if state is None:
             if self.config.train.ema_decay:
                 self.average = stages.parameters_of(self.method)
             return 0
-        if state.step > self.config.train.steps:
-            raise UserError(
-                f"train.steps: {self.config.train.steps} is less than the {state.step} steps that "
-                f"{self.run} has taken; choose more, or another output"
-            )
-        self.learner.load_module(state.model)
-        self.learner.load_optimizer_state(state.optimizer)
-        if self.critic is not None:
-            self.critic.load_module(state.adversary)
-            self.critic.load_optimizer_state(state.adversary_optimizer)
+        if self.ranks.first:
+            for line in resuming.notes(state, self.config):
+                print(line, file=sys.stderr)
+        resuming.restore(state, self.learner, self.critic, self.method, self.config)
         self.loaded = state.loaded
         self.average = {name: tensor.to(self.ranks.device) for name, tensor in state.average.items()}
+        self.guards.load_state(state.guards)
         return state.step
 
     def _update_average(self) -> None:
@@ -330,32 +349,29 @@ class Trainer:
                 for name, parameter in self.method.named_parameters():
                     self.average[name].lerp_(parameter.detach().float(), 1 - decay)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, moment: Moment, held_aside: float | None = None) -> None:
+        """Begins a save of what the steps of `moment` so far have made. Collective."""
+        began = time.perf_counter()
         for each in self._learners():
             self.ranks.check_equal(each.module)
         optimizers = [each.optimizer_state() for each in self._learners()]
 
-        def write() -> None:
-            state = checkpoint.State(step, self.method.state_dict(), optimizers[0], self.average, loaded=self.loaded)
+        def begin() -> None:
+            origin = origin_of(self.config, moment, self.learner.rate)
+            state = State(step, self.method.state_dict(), optimizers[0], self.average, loaded=self.loaded, **origin)
             if self.critic is not None:
                 state.adversary, state.adversary_optimizer = self.critic.module.state_dict(), optimizers[1]
-            checkpoint.save_checkpoint(self.run / "checkpoints", state, self.config.checkpoint.keep)
-            self._save_weights(step)
+            state.guards = self.guards.state()
+            weights = transferable(self.method, self.average)
+            self.saver.save(state, weights, self._about(step), held_aside)
 
-        self.ranks.on_first(write)
+        self.ranks.on_first(begin)
+        self.saved_at = step
+        self.held_seconds += time.perf_counter() - began
 
-    def _save_weights(self, step: int) -> None:
+    def _about(self, step: int) -> dict[str, Any]:
         untrained = [name for name in self.method.untrained() if name not in self.loaded]
-        about = self.description | {"step": step, "untrained": untrained}
-        save_weights(self.run / RUN_WEIGHTS, self._transferable(), about)
-
-    def _transferable(self) -> dict[str, Tensor]:
-        if not self.average:
-            return self.method.transferable()
-        alone = (self.method.group, self.method.adversary)  # cannot be copied; need not be
-        averaged = copy.deepcopy(self.method, {id(each): each for each in alone})
-        averaged.load_state_dict(self.average, strict=False)
-        return averaged.transferable()
+        return self.description | {"step": step, "untrained": untrained}
 
 
 def rate_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
@@ -366,19 +382,6 @@ def rate_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
         return 1.0
     progress = (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps)
     return schedule.final_fraction + (1 - schedule.final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def _add(numbers: dict[str, Tensor], more: dict[str, Tensor], parts: int) -> None:
-    for name, value in more.items():
-        numbers[name] = numbers.get(name, 0) + value / parts
-
-
-def _named(total: Tensor, losses: dict[str, Tensor], monitors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return (
-        {"loss": total.detach()}
-        | {f"loss/{name}": value.detach() for name, value in losses.items()}
-        | {f"monitor/{name}": value.detach() for name, value in monitors.items()}
-    )
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

@@ -47,6 +47,10 @@ class FeatureBank(nn.Module):
         self.pushed.zero_()
         self._collected.clear()
 
+    def forget_collected(self) -> None:
+        """In place of `push`, where the step was not taken."""
+        self._collected.clear()
+
     def collect(self, *keys: Tensor) -> None:
         """Keys (b, C) of one forward, to be pushed after the step; of several kinds the first goes first."""
         if self.training:

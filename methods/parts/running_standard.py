@@ -63,6 +63,10 @@ class RunningStandard(nn.Module):
         if self.training:
             self._collected.append(features.detach().to(self.mean.dtype))
 
+    def forget_collected(self) -> None:
+        """In place of `update`, where the step was not taken."""
+        self._collected.clear()
+
     @torch.no_grad()
     def update(self, group: Any = None) -> None:
         """Takes in what was collected since the last update; collective over `group`."""

@@ -16,7 +16,7 @@ from voxtrast.engine.runs import build_method, open_cases
 from voxtrast.engine.trainer import rate_factor
 from voxtrast.methods import Method
 
-TIMES = ("samples_per_second", "data_wait", "memory_mb")
+TIMES = ("samples_per_second", "data_wait", "memory_mb", "save_seconds")
 
 
 def state_of(run: Path, step: int = 6) -> State:
