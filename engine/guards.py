@@ -155,8 +155,8 @@ class Guards:
         raise UserError(
             f"step {step}: not finite: {first_few(list(not_finite))}, for {self.in_a_row} steps in a row "
             f"(guards.skip_steps={self.config.skip_steps}), none of which was taken; the last checkpoint is whole. The "
-            f"batch is of {'; '.join(found)}. Look at these volumes; or lower optimizer.learning_rate, set "
-            f"optimizer.gradient_clip, or use train.autocast=none"
+            f"batch is of {'; '.join(found)}. Look at these volumes; raise guards.skip_steps to pass over them, or "
+            f"begin again with a lower optimizer.learning_rate, optimizer.gradient_clip, or train.autocast=none"
         )
 
     def _dump(

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import sys
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,7 @@ class Monitor:
     """Writes RUN/log.jsonl, RUN/validation.jsonl, RUN/tensorboard and a progress bar; all on the first rank alone."""
 
     def __init__(self, run: Path, ranks: Ranks, start: int, steps: int) -> None:
-        self.active = ranks.first
+        self.active, self.run = ranks.first, run
         self.on_gpu = ranks.device.type == "cuda"
         if not self.active:
             return
@@ -50,6 +51,8 @@ class Monitor:
         """One optimizer step: numbers and words by name; `step` counts from 1. A warning is also said aloud."""
         if not self.active:
             return
+        if not self.run.is_dir():
+            raise vanished(self.run)
         # JSON has no word for what is not finite.
         self.log.write({"step": step, **words, **{key: v if math.isfinite(v) else None for key, v in values.items()}})
         if "warning" in words:
@@ -87,12 +90,19 @@ class Monitor:
         except OSError as error:  # of an earlier write: a thread does them
             raise _not_written(Path(self.tensorboard.log_dir), error) from None
 
+    def _hear(self, arguments: threading.ExceptHookArgs) -> None:
+        """Of what fails in a thread, TensorBoard's failed writes are not printed: its next call raises them."""
+        if not (isinstance(arguments.exc_value, OSError) and "tensorboard" in type(arguments.thread).__module__):
+            self._heard_before(arguments)
+
     def __enter__(self) -> "Monitor":
+        self._heard_before, threading.excepthook = threading.excepthook, self._hear
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        threading.excepthook = self._heard_before
         if self.active:
             self.bar.stop()
             self.log.close()
@@ -123,6 +133,13 @@ class _LineFile:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self.file.close()
+
+
+def vanished(run: Path) -> UserError:
+    return UserError(
+        f"output: {run} has vanished in the course of the run, so nothing can be saved; bring it back (is its disk still "
+        f"mounted?), then run the same command again: it continues from the last checkpoint in it"
+    )
 
 
 def _not_written(path: Path, error: OSError) -> UserError:

@@ -17,6 +17,7 @@ from . import checkpoint
 from .checkpoint import State
 from .config import CheckpointConfig, Config
 from .errors import UserError
+from .monitor import vanished
 from .versions import versions
 from .weights import RUN_WEIGHTS, save_weights
 
@@ -91,11 +92,7 @@ class Saver:
 
     def _check_room(self, state: State, copies: "_HostCopies") -> None:
         if not self.run.is_dir():
-            raise UserError(
-                f"output: {self.run} has vanished in the course of the run, so nothing can be saved; bring it back "
-                f"(a disk that is no longer mounted?), then run the same command again: it continues from the last "
-                f"checkpoint in it"
-            )
+            raise vanished(self.run)
         optimizers = (*state.optimizer.values(), *state.adversary_optimizer.values())
         size = copies.bytes + sum(tensor.nbytes for values in optimizers for tensor in values.values())
         free = shutil.disk_usage(self.run).free

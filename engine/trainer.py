@@ -113,7 +113,7 @@ class Trainer:
             "samples_per_second": global_batch / seconds,
             "data_wait": waited / seconds,
             "memory_mb": monitor.memory_mb(),
-            "skipped": float(self.guards.skipped),
+            "skipped": self.guards.skipped,
             "save_seconds": self.held_seconds,
         }
         self.held_seconds = 0.0
@@ -135,8 +135,7 @@ class Trainer:
             self.ranks.on_first(self.saver.finish)
             if verdict.stop:
                 raise Interrupted.by_signal(self.signal.number or signal.SIGTERM, done)
-            why = f"train.max_minutes={self.config.train.max_minutes:g}"
-            raise Interrupted(why, done, TO_BE_CONTINUED)
+            raise Interrupted(f"train.max_minutes={self.config.train.max_minutes:g}", done, TO_BE_CONTINUED)
 
     def _begin(self, moment: Moment, global_batch: int, monitor: Monitor) -> None:
         """What a stage starts from."""
