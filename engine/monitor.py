@@ -137,8 +137,8 @@ class _LineFile:
 
 def vanished(run: Path) -> UserError:
     return UserError(
-        f"output: {run} has vanished in the course of the run, so nothing can be saved; bring it back (is its disk still "
-        f"mounted?), then run the same command again: it continues from the last checkpoint in it"
+        f"output: {run} has vanished in the course of the run, so nothing can be saved; bring it back (is its disk "
+        f"still mounted?), then run the same command again: it continues from the last checkpoint in it"
     )
 
 

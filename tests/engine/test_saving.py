@@ -22,10 +22,12 @@ from voxtrast.engine.config import CheckpointConfig, load_config
 from voxtrast.engine.data.store import file_sha256
 from voxtrast.engine.errors import UserError
 from voxtrast.engine.monitor import Monitor
+from voxtrast.engine.pretrain import pretrain
 from voxtrast.engine.saving import Saver
 from voxtrast.engine.trainer import Trainer
 from voxtrast.engine.versions import changed, versions
 from voxtrast.engine.weights import load_weights
+from voxtrast.methods import recipe_names
 
 ABOUT = {"format": 1, "backbone": {}}
 
@@ -268,16 +270,24 @@ def test_a_damaged_newest_falls_back_loudly_and_to_the_same_end(
     assert load_latest(folder)[1] == []
 
 
-def test_nothing_in_a_run_draws_from_the_processs_own_generators(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["stand_in"] + [pytest.param(each, marks=pytest.mark.slow) for each in recipe_names() if "tiny" in each]
+)
+def test_nothing_in_a_run_draws_from_the_processs_own_generators(
+    name: str, stand_in: None, tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or a resume would have to bring their states back on every rank."""
     ordinary, before, after = Monitor.__enter__, [], []
 
     def states() -> tuple[Any, ...]:
-        return torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state())
+        return torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state())  # noqa: NPY002
 
     monkeypatch.setattr(Monitor, "__enter__", lambda monitor: before.append(states()) or ordinary(monitor))
     monkeypatch.setattr(Saver, "finish", lambda saver: after.append(states()))
-    run("run", "checkpoint.every=100", "method.adversarial_weight=0.1")
+    adversary = ("method.adversarial_weight=0.1",) if name == "stand_in" else ()
+    words = [f"data={tiny_store}", f"output={tmp_path / 'run'}", "train.steps=4", "checkpoint.every=100", *adversary]
+    few = ["validation.fraction=0.34", "loader.threads=1", "device=cpu"]
+    pretrain(load_config(str(recipe(tmp_path)) if name == "stand_in" else name, [*words, *few]))
     assert len(before) == 1
     assert before[0] == after[-1]
 
