@@ -1,9 +1,10 @@
 """Runs that are killed at random moments, within saves too, and continued until their end.
 
-As a script it is the stand-in's, on a disk so slow that about half of the time a save is under way.
+As a script it is the stand-in's, on a disk so slow that much of the time a save is under way.
 """
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -11,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -22,56 +23,90 @@ from stand_in import METHODS, StandIn, recipe
 
 from voxtrast.engine import checkpoint, pretrain
 from voxtrast.engine.checkpoint import finished_checkpoints, load_latest
+from voxtrast.engine.monitor import Monitor
+from voxtrast.engine.trainer import Trainer
+from voxtrast.methods import Batch
 
-WRITE_SECONDS = 0.006  # of each piece of a checkpoint on the slow disk
+WRITE_SECONDS = 1e-4  # of each of the 800 pieces of a checkpoint on the slow disk
 
 
-def command(store: Path, run: Path, steps: int, ranks: int = 1) -> list[str]:
-    words = [f"data={store}", f"output={run}", f"train.steps={steps}", "checkpoint.every=1", "checkpoint.keep=2",
-             "validation.every=0", "train.ema_decay=0.5", "method.adversarial_weight=0.1"]  # fmt: skip
-    start = [sys.executable]
-    if ranks > 1:
+class Forked:
+    """A process of its own that has nothing to import any more; used as a Popen."""
+
+    def __init__(self, words: list[str], log: Path, killed_within: str = "") -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["stand_in", "deepspeed", "tensorboard", "voxtrast.engine.data.graph"])
+        self.process = context.Process(target=_forked, args=(words, log, killed_within))
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float) -> int | None:
+        self.process.join(timeout)
+        return self.process.exitcode
+
+
+class Launched(subprocess.Popen[bytes]):
+    """Two ranks under torchrun."""
+
+    def __init__(self, words: list[str], log: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        start += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
-    return [*start, __file__, str(recipe(run.parent)), *words]
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", __file__]
+        with log.open("ab") as file:
+            super().__init__(
+                [sys.executable, *launcher, *words],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=file,
+                stderr=file,
+                cwd=Path(__file__).parent,
+            )
 
 
-def start(words: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file, cwd=Path(__file__).parent
-        )
+Started = Forked | Launched
 
 
-def finish(words: Sequence[str], log: Path) -> None:
-    assert start(words, log).wait(timeout=400) == 0, log.read_text()[-3000:]
+def _forked(words: list[str], log: Path, killed_within: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.exit(main(words, killed_within))
+
+
+def settings(store: Path, run: Path, steps: int) -> list[str]:
+    run.parent.mkdir(exist_ok=True)
+    return [str(recipe(run.parent)), f"data={store}", f"output={run}", f"train.steps={steps}", "checkpoint.every=1",
+            "checkpoint.keep=2", "validation.every=0", "train.ema_decay=0.5",
+            "method.adversarial_weight=0.1"]  # fmt: skip
+
+
+def finish(process: Started, log: Path) -> None:
+    assert process.wait(timeout=400) == 0, log.read_text()[-3000:]
 
 
 def lines(run: Path) -> int:
     return (run / "log.jsonl").read_text().count("\n") if (run / "log.jsonl").exists() else 0
 
 
-def ranks_of(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+def ranks_of(process: Started) -> list[psutil.Process]:
     """The processes that train: the started one, or those of a launcher."""
-    return psutil.Process(process.pid).children() or [psutil.Process(process.pid)]
+    own = psutil.Process(process.pid)
+    return own.children() if isinstance(process, Launched) else [own]
 
 
-def kill_at_random(process: "subprocess.Popen[bytes]", run: Path, draws: random.Random, seconds: float) -> bool:
-    """Kills a rank up to so many seconds after the first step that this process takes; False where it was over."""
-    before, deadline = lines(run), time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        # A resumed run first writes the log anew up to its checkpoint.
-        if lines(run) > 0 and (run / "started").exists() and lines(run) != before:
-            break
-        before = min(before, lines(run)) if (run / "started").exists() else before
+def kill_at_random(process: Started, run: Path, draws: random.Random, seconds: float) -> bool:
+    """Kills a rank up to so many seconds after this process has begun its steps; False where it was over."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None and not (run / "started").exists():
         time.sleep(0.01)
     time.sleep(draws.uniform(0, seconds))
     if process.poll() is not None:
         return False
-    victim = draws.choice(ranks_of(process))
-    victim.send_signal(signal.SIGKILL)
+    draws.choice(ranks_of(process)).send_signal(signal.SIGKILL)
     process.wait(timeout=120)  # a launcher ends the other ranks
     return True
 
@@ -88,19 +123,20 @@ def on_disk(run: Path) -> tuple[str, bool]:
     return words, bool(partial or undescribed)
 
 
-def killed_and_continued(words: list[str], run: Path, kills: int, seconds: float, seed: int) -> list[dict[str, object]]:
+def killed_and_continued(
+    begin: Callable[[], Started], run: Path, log: Path, kills: int, seconds: float, seed: int
+) -> list[dict[str, object]]:
     draws, done = random.Random(seed), list[dict[str, object]]()
-    log = run.parent / "output.txt"
     while len(done) < kills:
         (run / "started").unlink(missing_ok=True)
-        process = start(words, log)
+        process = begin()
         if not kill_at_random(process, run, draws, seconds):
-            assert process.returncode == 0, log.read_text()[-3000:]
-            pytest.fail(f"the run was over after {len(done)} of {kills} kills; give it more steps")
+            pytest.fail(f"over after {len(done)} of {kills} kills: {process.poll()}, {log.read_text()[-3000:]}")
         disk, within = on_disk(run)
         resumes = load_latest(run / "checkpoints")[0]
-        done.append({"kill": len(done) + 1, "lines": lines(run), "within_a_save": within, "on_disk": disk,
+        done.append({"kill": len(done) + 1, "steps_in_log": lines(run), "within_a_save": within, "on_disk": disk,
                      "resumes_at": resumes.step if resumes else 0})  # fmt: skip
+    finish(begin(), log)
     return done
 
 
@@ -120,38 +156,29 @@ def report(done: list[dict[str, object]], run: Path, whole: Path, steps: int) ->
 
 def test_a_run_killed_within_a_save_equals_the_uninterrupted_run(tiny_store: Path, tmp_path: Path) -> None:
     """Twice: in the middle of the file, and between the file and its description."""
-    (tmp_path / "a").mkdir()
-    words, run = command(tiny_store, tmp_path / "a" / "run", 6), tmp_path / "a" / "run"
-    for moment in ("step-00000003.pt", "step-00000005.json"):
-        os.environ["KILLED_WITHIN"] = moment
-        try:
-            process = start(words, tmp_path / "output.txt")
-            assert process.wait(timeout=200) == -signal.SIGKILL, (tmp_path / "output.txt").read_text()[-3000:]
-        finally:
-            del os.environ["KILLED_WITHIN"]
+    run, whole, log = tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "output.txt"
+    words = settings(tiny_store, run, 6)
+    for moment, before in (("step-00000003.pt", 2), ("step-00000005.json", 4)):
+        process = Forked(words, log, moment)
+        assert process.wait(timeout=200) == -signal.SIGKILL, log.read_text()[-3000:]
         assert on_disk(run)[1]
         newest, damaged = load_latest(run / "checkpoints")
         assert newest is not None
-        assert (newest.step, damaged) == (2 if moment.endswith("pt") else 4, [])
-    finish(words, tmp_path / "output.txt")
-    (tmp_path / "b").mkdir()
-    finish(command(tiny_store, tmp_path / "b" / "run", 6), tmp_path / "output.txt")
-    assert lines_of(run) == lines_of(tmp_path / "b" / "run")
-    assert_same_bits(state_of(run), state_of(tmp_path / "b" / "run"))
+        assert (newest.step, damaged) == (before, [])
+    finish(Forked(words, log), log)
+    finish(Forked(settings(tiny_store, whole, 6), log), log)
+    assert lines_of(run) == lines_of(whole)
+    assert_same_bits(state_of(run), state_of(whole))
     assert not list((run / "checkpoints").glob(".*.partial"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_twenty_kills_at_random_moments_change_no_bit(tiny_store: Path, tmp_path: Path) -> None:
-    steps = 120
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    run, whole = tmp_path / "a" / "run", tmp_path / "b" / "run"
-    words = command(tiny_store, run, steps)
-    done = killed_and_continued(words, run, kills=20, seconds=1.2, seed=7)
-    finish(words, tmp_path / "output.txt")
-    finish(command(tiny_store, whole, steps), tmp_path / "output.txt")
+    steps, run, whole, log = 150, tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "output.txt"
+    words = settings(tiny_store, run, steps)
+    done = killed_and_continued(lambda: Forked(words, log), run, log, kills=20, seconds=1.2, seed=7)
+    finish(Forked(settings(tiny_store, whole, steps), log), log)
     assert report(done, run, whole, steps) == 0
     assert lines_of(run) == lines_of(whole)
     assert_same_bits(state_of(run, steps), state_of(whole, steps))
@@ -161,14 +188,10 @@ def test_twenty_kills_at_random_moments_change_no_bit(tiny_store: Path, tmp_path
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_rank_of_two_killed_at_random_moments_changes_nothing(tiny_store: Path, tmp_path: Path) -> None:
-    steps = 40
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    run, whole = tmp_path / "a" / "run", tmp_path / "b" / "run"
-    words = command(tiny_store, run, steps, ranks=2)
-    done = killed_and_continued(words, run, kills=4, seconds=1.2, seed=11)
-    finish(words, tmp_path / "output.txt")
-    finish(command(tiny_store, whole, steps, ranks=2), tmp_path / "output.txt")
+    steps, run, whole, log = 40, tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "output.txt"
+    words = settings(tiny_store, run, steps)
+    done = killed_and_continued(lambda: Launched(words, log), run, log, kills=4, seconds=1.2, seed=11)
+    finish(Launched(settings(tiny_store, whole, steps), log), log)
     assert report(done, run, whole, steps) <= 1e-6
     ours, theirs = dict(tensors_of(state_of(run, steps))), dict(tensors_of(state_of(whole, steps)))
     assert set(ours) == set(theirs)
@@ -176,34 +199,33 @@ def test_a_rank_of_two_killed_at_random_moments_changes_nothing(tiny_store: Path
         torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
 
 
-def main() -> int:
-    """The stand-in's run on the slow disk, or killed by itself within the save that KILLED_WITHIN names."""
-    ordinary, ordinary_replace, chosen = checkpoint._Hashing.write, os.replace, os.environ.get("KILLED_WITHIN", "")
-    ordinary_monitor = pretrain.Trainer._preflight
+def main(words: list[str], killed_within: str = "") -> int:
+    """The stand-in's run on the slow disk; killed by itself within the save of the file that is named."""
+    write, rename, preflight = checkpoint._Hashing.write, os.replace, Trainer._preflight
 
     def slow(file: checkpoint._Hashing, content: bytes) -> int:
         time.sleep(WRITE_SECONDS)
-        written = ordinary(file, content)
-        if chosen and file.size > 1000 and Path(str(file.file.name)).name.startswith(f".{chosen}"):
+        written = write(file, content)
+        if file.size > 1000 and Path(str(file.file.name)).name.startswith(f".{killed_within}."):
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
         return written
 
-    def replace(source: Path, target: Path) -> None:
-        if chosen.endswith(".json") and Path(target).name == chosen:
+    def renamed(source: Path, target: Path) -> None:
+        if Path(target).name == killed_within:
             os.kill(os.getpid(), signal.SIGKILL)
-        ordinary_replace(source, target)
+        rename(source, target)
 
-    def preflight(trainer: pretrain.Trainer, *arguments: object) -> None:
-        ordinary_monitor(trainer, *arguments)  # type: ignore[arg-type]
+    def started(trainer: Trainer, batches: list[Batch], monitor: Monitor) -> None:
+        preflight(trainer, batches, monitor)
         (trainer.run / "started").touch()
 
     checkpoint._Hashing.write = slow  # type: ignore[method-assign,assignment]
-    pretrain.Trainer._preflight = preflight  # type: ignore[method-assign,assignment]
-    os.replace = replace  # type: ignore[assignment]
+    os.replace = renamed  # type: ignore[assignment]
+    Trainer._preflight = started  # type: ignore[method-assign]
     METHODS["stand_in"] = StandIn
-    return pretrain.main()
+    return pretrain.main(words)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
