@@ -28,6 +28,7 @@ class TrainConfig:
     autocast: str = "none"  # none | bfloat16 | float16 (with a dynamic loss scale)
     ema_decay: float = 0.0  # 0 switches the moving average off; with it, the average is what is exported
     threads: int = 0  # torch threads per process; 0 leaves them as they are
+    max_minutes: float = 0.0  # after which the run saves and ends with exit code 75, "to be continued"; 0 for no limit
 
 
 @dataclass
@@ -65,7 +66,15 @@ class ValidationConfig:
 @dataclass
 class CheckpointConfig:
     every: int = 500  # steps; the last step is always saved
-    keep: int = 2
+    keep: int = 2  # of the newest
+    keep_best: bool = True  # besides, the one with the lowest loss of the cases held aside
+
+
+@dataclass
+class GuardsConfig:
+    skip_steps: int = 3  # in a row that are not finite, and so not taken, end the run
+    spike_factor: float = 20.0  # median absolute deviations above the median at which a loss is warned of; 0 for never
+    data_timeout_seconds: float = 600.0  # without a batch end the run; 0 for never
 
 
 @dataclass
@@ -105,6 +114,7 @@ class Config:
     sampling: Sampling = field(default_factory=Sampling)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 
@@ -118,12 +128,14 @@ CHANGEABLE = (
     "train.steps",
     "train.threads",
     "train.accumulation",
+    "train.max_minutes",
     "validation.every",
     "validation.batches",
     "backbone.checkpoint_levels",
     "backbone.channels_last",
     "backbone.compile",
     "checkpoint",
+    "guards",
     "loader",
     "deepspeed",
 )
@@ -153,10 +165,14 @@ POSITIVE = (
     "sampling.crops_per_visit",
     "checkpoint.every",
     "checkpoint.keep",
+    "guards.skip_steps",
     "validation.batches",
 )
 NOT_NEGATIVE = (
     "train.threads",
+    "train.max_minutes",
+    "guards.spike_factor",
+    "guards.data_timeout_seconds",
     "optimizer.weight_decay",
     "optimizer.gradient_clip",
     "adversary_optimizer.weight_decay",
@@ -343,7 +359,7 @@ def _check_stages(merged: Any) -> None:
 
 def _check(merged: Any) -> None:
     for group in ("method", "backbone", "views", "train", "optimizer", "adversary_optimizer", "schedule", "stages",
-                  "sampling", "validation", "checkpoint", "loader", "deepspeed"):  # fmt: skip
+                  "sampling", "validation", "checkpoint", "guards", "loader", "deepspeed"):  # fmt: skip
         if OmegaConf.select(merged, group) is None:
             raise UserError(f"{group}: expected a group of settings, got null; leave it out to take the defaults")
     for key, choices in CHOICES.items():

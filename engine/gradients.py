@@ -4,6 +4,7 @@ To be called between the last backward of a step and the step itself, when they 
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,14 +29,26 @@ def unscale(engine: Any, scale: float) -> None:
         torch._foreach_mul_(found, 1 / scale)
 
 
-def are_finite(engine: Any) -> bool:
-    """Whether every gradient is, on every rank; all ranks get the same answer. Collective under ZeRO."""
+def are_finite(engine: Any) -> Tensor:
+    """1 where all gradients are that this rank holds, else 0; (), on the device, nobody waits for it."""
+    found = [each for each in _held(engine) if each.numel() > 0]
+    if not found:
+        return torch.ones((), device=engine.device)
+    # The largest: a sum of squares could overflow where no gradient does.
+    largest = torch.stack([norm.float() for norm in torch._foreach_norm(found, math.inf)])
+    return largest.isfinite().all().float().to(engine.device)
+
+
+def _held(engine: Any) -> list[Tensor]:
+    """Those of the whole step: summed over the ranks and, under ZeRO, of this rank's partition alone."""
     zero = zero_of(engine)
-    if zero is not None:
-        return not zero.has_overflow()
-    found = [each.grad for each in engine.module.parameters() if each.grad is not None]
-    # The ranks have the same sums by now. A sum of finite numbers may overflow, the largest of them does not.
-    return not found or bool(torch.stack([each.abs().max() for each in found]).isfinite().all())
+    if zero is None:
+        return [each.grad for each in engine.module.parameters() if each.grad is not None]
+    if engine.zero_optimization_stage() == 3:
+        return [zero.grad_partitions_flat_buffer]
+    if zero.cpu_offload:
+        return [flat.grad for flat in zero.single_partition_of_fp32_groups if flat.grad is not None]
+    return [each for group in zero.averaged_gradients.values() for each in group or () if each is not None]
 
 
 def drop(engine: Any) -> None:

@@ -32,6 +32,7 @@ class Learner:
         self._pieces = Pieces(engine.optimizer, self._parameters) if engine.zero_optimization_stage() > 0 else None
         self._scattered = engine.zero_optimization_stage() == 3
         self._gathered = False
+        self._scale = 1.0  # of the gradients of the step under way
         self._reached: set[nn.Parameter] = set()
         for parameter in self._parameters.values():
             parameter.register_post_accumulate_grad_hook(self._reached.add)
@@ -56,35 +57,15 @@ class Learner:
         """Of each rank; the number of micro-batches in a step stays."""
         self.engine.set_train_micro_batch_size(samples)
 
-    def learn(self, loss: Tensor) -> bool:
-        """Gradients of one micro-batch; with the last one of a step, the step. Says whether it was not dropped."""
-        scale = self.loss_scale.scale if self.loss_scale else 1.0
-        gradients.backward(self.engine, loss, scale)
+    def learn(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch; after the last one of a step come `sound` and `step` or `drop`."""
+        self._scale = self.loss_scale.scale if self.loss_scale else 1.0
+        gradients.backward(self.engine, loss, self._scale)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
-            return True
-        if self.loss_scale:
-            finite = self.sound()
-            self.loss_scale.update(finite)
-            if not finite:
-                self.drop()
-                return False
-            gradients.unscale(self.engine, scale)
-        untouched = [name for name, each in self._parameters.items() if each not in self._reached]
-        self._reached.clear()
-        if self._pieces is None:
-            for name in untouched:
-                self._parameters[name].grad = None
-            self.engine.step()
-            return True
-        restore = self._pieces.keep(untouched)
-        self.engine.step()
-        restore()
-        self._pieces.forget_gradients()
-        return True
 
-    def sound(self) -> bool:
-        """Whether the gradients of the step are finite on every rank, before it is taken. Collective."""
+    def sound(self) -> Tensor:
+        """1 where the gradients that this rank holds for the step are finite, else 0; (), on the device."""
         return gradients.are_finite(self.engine)
 
     def drop(self) -> None:
@@ -93,6 +74,21 @@ class Learner:
         gradients.drop(self.engine)
         if self._pieces is not None:
             self._pieces.forget_gradients()
+
+    def step(self) -> None:
+        """Takes the step that the gradients say."""
+        gradients.unscale(self.engine, self._scale)
+        untouched = [name for name, each in self._parameters.items() if each not in self._reached]
+        self._reached.clear()
+        if self._pieces is None:
+            for name in untouched:
+                self._parameters[name].grad = None
+            self.engine.step()
+            return
+        restore = self._pieces.keep(untouched)
+        self.engine.step()
+        restore()
+        self._pieces.forget_gradients()
 
     @contextlib.contextmanager
     def whole(self, change: bool = False) -> Iterator[None]:

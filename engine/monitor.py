@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import sys
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +21,7 @@ class Monitor:
     """Writes RUN/log.jsonl, RUN/validation.jsonl, RUN/tensorboard and a progress bar; all on the first rank alone."""
 
     def __init__(self, run: Path, ranks: Ranks, start: int, steps: int) -> None:
-        self.active = ranks.first
+        self.active, self.run = ranks.first, run
         self.on_gpu = ranks.device.type == "cuda"
         if not self.active:
             return
@@ -28,7 +30,10 @@ class Monitor:
         from torch.utils.tensorboard import SummaryWriter
 
         self.log, self.held_aside = (_LineFile(run / name, start) for name in ("log.jsonl", "validation.jsonl"))
-        self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else 0)
+        try:
+            self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else 0)
+        except OSError as error:
+            raise _not_written(run / "tensorboard", error) from None
         self.console = Console(stderr=True)
         self.bar = Progress(
             TextColumn("pretrain"),
@@ -46,7 +51,10 @@ class Monitor:
         """One optimizer step: numbers and words by name; `step` counts from 1. A warning is also said aloud."""
         if not self.active:
             return
-        self.log.write({"step": step, **words, **values})
+        if not self.run.is_dir():
+            raise vanished(self.run)
+        # JSON has no word for what is not finite.
+        self.log.write({"step": step, **words, **{key: v if math.isfinite(v) else None for key, v in values.items()}})
         if "warning" in words:
             self.say(f"warning: step {step}: {words['warning']}")
         self._draw(step, values)
@@ -76,20 +84,31 @@ class Monitor:
         return psutil.Process().memory_info().rss / 1e6
 
     def _draw(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, value, step)
+        try:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, step)
+        except OSError as error:  # of an earlier write: a thread does them
+            raise _not_written(Path(self.tensorboard.log_dir), error) from None
+
+    def _hear(self, arguments: threading.ExceptHookArgs) -> None:
+        """Of what fails in a thread, TensorBoard's failed writes are not printed: its next call raises them."""
+        if not (isinstance(arguments.exc_value, OSError) and "tensorboard" in type(arguments.thread).__module__):
+            self._heard_before(arguments)
 
     def __enter__(self) -> "Monitor":
+        self._heard_before, threading.excepthook = threading.excepthook, self._hear
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        threading.excepthook = self._heard_before
         if self.active:
             self.bar.stop()
             self.log.close()
             self.held_aside.close()
-            self.tensorboard.close()
+            with contextlib.suppress(OSError):
+                self.tensorboard.close()
 
 
 class _LineFile:
@@ -99,21 +118,35 @@ class _LineFile:
         self.path = path
         kept = [line for line in _lines(path) if _step(line) <= start and start > 0]
         write_whole(path, lambda partial: partial.write_text("".join(line + "\n" for line in kept)))
-        self.file = path.open("a")
+        try:
+            self.file = path.open("a")
+        except OSError as error:
+            raise _not_written(path, error) from None
 
     def write(self, values: dict[str, Any]) -> None:
         try:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); free some space, then run the same command again: "
-                f"it continues from the last checkpoint"
-            ) from None
+            raise _not_written(self.path, error) from None
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self.file.close()
+
+
+def vanished(run: Path) -> UserError:
+    return UserError(
+        f"output: {run} has vanished in the course of the run, so nothing can be saved; bring it back (is its disk "
+        f"still mounted?), then run the same command again: it continues from the last checkpoint in it"
+    )
+
+
+def _not_written(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: cannot be written ({error.strerror or error}); free some space or make its folder writable, then run "
+        f"the same command again: it continues from the last checkpoint"
+    )
 
 
 def _lines(path: Path) -> list[str]:

@@ -23,15 +23,21 @@ from .config import Config, differences, load_config, read_config, write_config
 from .data.store import INDEX, Store, file_sha256
 from .deepspeed import deepspeed_json, wrap, wrap_adversary
 from .errors import UserError
+from .guards import StalledError
 from .ranks import start_processes, stop_processes
 from .runs import build_method, describe, open_cases
-from .trainer import Interrupted, Trainer
+from .signals import Clock, Interrupted
+from .trainer import Trainer
 
 REPORTED = 20  # volumes that are left out, line by line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs pretraining; returns the exit code: 0 done, 2 for a mistake of the user, 128 + signal when stopped."""
+    """Runs pretraining; returns the exit code.
+
+    0: done; 2: a mistake of the user, or what a guard found; 75: out of time (`train.max_minutes`), to be continued;
+    128 + signal: stopped.
+    """
     parser = argparse.ArgumentParser(prog="voxtrast pretrain", description="Pretrain a network on a store of volumes.")
     parser.add_argument("recipe", help="name of a recipe, or the path of a YAML file")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="data=STORE output=RUN train.steps=N ...")
@@ -44,13 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words.append(f"deepspeed.config_file={parsed.deepspeed_config}")
     try:
         pretrain(load_config(parsed.recipe, words))
+    except StalledError as error:
+        print(f"error{_on_rank()}: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # the interpreter would wait for the threads that hang
     except UserError as error:
         # Every rank speaks: a file may be out of reach of one machine alone.
         print(f"error{_on_rank()}: {error}", file=sys.stderr)
         return 2
     except Interrupted as error:
         print(f"{error}{_on_rank()}", file=sys.stderr)
-        return 128 + error.signal_number
+        return error.exit_code
     except KeyboardInterrupt:
         print("stopped by SIGINT before the first step; nothing is lost", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -64,6 +73,7 @@ def pretrain(config: Config) -> None:
     for key in ("data", "output"):
         if not getattr(config, key):
             raise UserError(f"{key}: not given; say {key}={'STORE' if key == 'data' else 'RUN'}")
+    clock = Clock(config.train.max_minutes)
     method = build_method(config)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -93,7 +103,7 @@ def pretrain(config: Config) -> None:
             print(f"note: {advice}", file=sys.stderr)
     learner, critic = wrap(method, config, ranks), wrap_adversary(method, config, ranks)
     about = describe(config, cases)
-    Trainer(learner, critic, method, config, ranks, store, cases, aside, damaged, about).train()
+    Trainer(learner, critic, method, config, ranks, store, cases, aside, damaged, about, clock).train()
 
 
 def _note_warm_up(config: Config, method: Method) -> None:

@@ -54,6 +54,14 @@ class Ranks:
         found: Result = result[0]
         return found
 
+    def gather(self, value: Result) -> list[Result]:
+        """Every rank's value, in their order. For small things that are rarely said."""
+        found: list[Any] = [value]
+        if self.size > 1:
+            found = [None] * self.size
+            dist.all_gather_object(found, value)
+        return found
+
     def check_equal(self, module: nn.Module) -> None:
         """Refuses to go on where the ranks hold different parameters or buffers; to the last bit, and collective.
 

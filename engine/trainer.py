@@ -1,46 +1,36 @@
 """The training loop. It adds scale and bookkeeping; what is learned is the method's business."""
 
+import contextlib
 import itertools
-import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..methods import Batch, Method
 from ..methods.stages import Moment
-from . import checkpoint, stages
+from . import resuming, stages
 from .average import averaged, begin_average, read_average, update_average
+from .checkpoint import State
 from .config import Config
 from .data.pipeline import ViewPipeline
 from .data.sampling import of_validation
 from .data.store import Case, Store
 from .errors import UserError
+from .guards import Feed, Guards, Verdict
 from .learner import Learner
 from .loss_scale import LossScale
 from .monitor import Monitor
-from .precision import autocast
 from .ranks import Ranks
 from .rates import derivation, rate_factor, stage_rate
 from .runs import build_method
-from .signals import StopSignal
-from .weights import RUN_WEIGHTS, save_weights
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; its state is saved."""
-
-    def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signal_number).name} after step {step}; the same command continues"
-        )
-        self.signal_number = signal_number
+from .saving import Saver, origin_of
+from .signals import TO_BE_CONTINUED, Clock, Interrupted, StopSignal
+from .stepper import Stepper
 
 
 class Trainer:
@@ -58,6 +48,7 @@ class Trainer:
         held_aside: Sequence[Case],
         unreadable: Mapping[str, str],
         description: dict[str, Any],
+        clock: Clock | None = None,
     ) -> None:
         self.learner, self.critic, self.method, self.config, self.ranks = learner, critic, method, config, ranks
         self.store, self.cases, self.held_aside = store, cases, held_aside
@@ -65,17 +56,20 @@ class Trainer:
         self.description = description
         self.run = Path(config.output)
         self.average: dict[str, Tensor] = {}
-        self.resumed_at = 0
         self.loaded: list[str] = []  # transferable tensors that a stage took from a weights file
-        self.dropped = False  # whether the last step was: float16 could not hold its gradients
         self.signal = StopSignal()
+        self.guards = Guards(config.guards, self.run, ranks, [each.module for each in self.learners()])
+        clock = clock or Clock(config.train.max_minutes)
+        self.stepper = Stepper(method, learner, critic, ranks, self.guards, config.train.autocast, self.signal, clock)
+        self.saver = Saver(self.run, config.checkpoint)
+        self.saved_at = 0  # step of the last save
+        self.held_seconds = 0.0  # by saves, since the last line of the log
 
     def train(self) -> None:
-        start = self.resumed_at = self._resume()
+        start = self.saved_at = self._resume()
         steps = self.config.train.steps
         if start == steps:
-            with self.learner.whole():
-                self.ranks.on_first(lambda: self._save_weights(start))
+            self._write_weights(start)
             if self.ranks.first:
                 print(f"{self.run} has taken all of its {steps} steps; nothing to do", file=sys.stderr)
             return
@@ -84,11 +78,12 @@ class Trainer:
             for moment in moments:
                 if moment.first >= start:
                     stages.check_start(moment, self.method)
-        with self.signal, Monitor(self.run, self.ranks, start, steps) as monitor:
+        with self.signal, Monitor(self.run, self.ranks, start, steps) as monitor, self.saver:
             validation = self._validation_batches()
             self._preflight(validation or self._draw(self.cases, "validation", 1), monitor)
             for moment in moments:
                 self._train_stage(moment, max(start, moment.first), validation, monitor)
+            self.ranks.on_first(self.saver.finish)
 
     def _train_stage(self, moment: Moment, start: int, validation: list[Batch], monitor: Monitor) -> None:
         global_batch = self.method.schedule.batch(start, self.config.train.global_batch)
@@ -97,41 +92,59 @@ class Trainer:
         if start == moment.first:
             self._begin(moment, global_batch, monitor)
         if start == 0 and validation:
-            monitor.validation(0, self._validate(validation, 0))
-        with self.pipeline(self.cases, start, "train", self.config.train.accumulation, global_batch) as views:
+            monitor.validation(0, self.stepper.look(validation, 0))
+        with (
+            self.pipeline(self.cases, start, "train", self.config.train.accumulation, global_batch) as views,
+            Feed(views, self.config.guards.data_timeout_seconds, self.ranks.device) as feed,
+        ):
             for step in range(start, moment.last):
-                began = time.perf_counter()
-                batches = self._next(views, step)
-                waited = time.perf_counter() - began
-                numbers, stop = self.step(batches, step, moment)
-                seconds = time.perf_counter() - began
-                monitor.step(
-                    step + 1,
-                    numbers
-                    | {
-                        "learning_rate": self.learner.rate,
-                        "samples_per_second": global_batch / seconds,
-                        "data_wait": waited / seconds,
-                        "memory_mb": monitor.memory_mb(),
-                    }
-                    | self._loss_scale(),
-                    self._words(step, numbers, moment),
-                )
-                self._after(step + 1, stop, validation, monitor)
+                self._train_step(feed, step, moment, global_batch, validation, monitor)
             self.unreadable |= views.unreadable
 
-    def _after(self, done: int, stop: bool, validation: list[Batch], monitor: Monitor) -> None:
+    def _train_step(
+        self, feed: Feed, step: int, moment: Moment, global_batch: int, validation: list[Batch], monitor: Monitor
+    ) -> None:
+        began = time.perf_counter()
+        batches = self._next(feed, step, moment)
+        waited = time.perf_counter() - began
+        numbers, verdict = self.step(batches, step, moment)
+        words = self._words(step, numbers, moment, verdict, batches)
+        seconds = time.perf_counter() - began
+        numbers |= {
+            "learning_rate": self.learner.rate,
+            "samples_per_second": global_batch / seconds,
+            "data_wait": waited / seconds,
+            "memory_mb": monitor.memory_mb(),
+            "skipped": self.guards.skipped,
+            "save_seconds": self.held_seconds,
+        }
+        if self.learner.loss_scale:
+            numbers["loss_scale"] = self.learner.loss_scale.scale
+        self.held_seconds = 0.0
+        monitor.step(step + 1, numbers, words)
+        self.guards.end_if_hopeless(step + 1, verdict, batches)
+        self._after(step + 1, moment, verdict, validation, monitor)
+
+    def _after(self, done: int, moment: Moment, verdict: Verdict, validation: list[Batch], monitor: Monitor) -> None:
         last, every = done == self.config.train.steps, self.config.validation.every
+        held_aside = None
         if validation and ((every and done % every == 0) or last):
-            monitor.validation(done, self._validate(validation, done))
-        if stop or last or done % self.config.checkpoint.every == 0:
-            self._save(done)
-        if stop and not last:
-            raise Interrupted(self.signal.number or signal.SIGTERM, done)
+            numbers = self.stepper.look(validation, done - 1)
+            monitor.validation(done, numbers)
+            held_aside = numbers["loss"]
+        ends = verdict.stop or verdict.out_of_time
+        if ends or last or done % self.config.checkpoint.every == 0:
+            self._save(done, moment, held_aside)
+        if ends and not last:
+            self.ranks.on_first(self.saver.finish)
+            if verdict.stop:
+                raise Interrupted.by_signal(self.signal.number or signal.SIGTERM, done)
+            raise Interrupted(f"train.max_minutes={self.config.train.max_minutes:g}", done, TO_BE_CONTINUED)
 
     def _begin(self, moment: Moment, global_batch: int, monitor: Monitor) -> None:
         """What a stage starts from."""
         stage, network = moment.stage, "as it is"
+        self.guards.begin_stage()
         if moment.first > 0 and stage.fresh_optimizer:
             for each in self.learners():
                 each.forget_moments()
@@ -171,123 +184,40 @@ class Trainer:
         batch = self.method.schedule.batch(moment.first, self.config.train.global_batch)
         return stage_rate(self.config, moment.stage.learning_rate, batch)
 
-    def _words(self, step: int, numbers: dict[str, float], moment: Moment) -> dict[str, str]:
+    def _words(
+        self, step: int, numbers: dict[str, float], moment: Moment, verdict: Verdict, batches: list[Batch]
+    ) -> dict[str, str]:
         """What the line of a step says beside its numbers."""
         words = {"stage": moment.stage.name} if self.config.stages else {}
-        if self.dropped:
+        if verdict.overflow:
             words["dropped"] = "the gradients overflowed float16; the loss scale was halved"
-        warning = self.method.warning(step, numbers | {"learning_rate": self.learner.rate})
-        return words | {"warning": warning} if warning else words
+        warnings = [self.guards.warning(numbers["loss"], verdict, batches)]
+        if not verdict.not_finite:
+            warnings.append(self.method.warning(step, numbers | {"learning_rate": self.learner.rate}))
+        said = "; ".join(each for each in warnings if each)
+        return words | {"warning": said} if said else words
 
-    def _next(self, views: Iterator[list[Batch]], step: int) -> list[Batch]:
+    def _next(self, feed: Feed, step: int, moment: Moment) -> list[Batch]:
         try:
-            return next(views)
+            return feed.next(step + 1)
         except UserError:
             # A volume that cannot be read any more must not cost the steps since the last checkpoint. Several ranks
             # cannot save here: the others are on their way into the step.
-            if self.ranks.size == 1 and step > self.resumed_at:
-                self._save(step)
+            if self.ranks.size == 1:
+                if step != self.saved_at:
+                    self._save(step, moment if step > moment.first else self.method.schedule.at(step - 1))
+                self.saver.finish()
             raise
 
-    def step(self, batches: list[Batch], step: int, moment: Moment) -> tuple[dict[str, float], bool]:
-        """One optimizer step over the micro-batches: its numbers over the global batch, and whether to stop."""
+    def step(self, batches: list[Batch], step: int, moment: Moment) -> tuple[dict[str, float], Verdict]:
+        """One optimizer step over the micro-batches: its numbers over the global batch, and what was agreed on."""
         factor = rate_factor(self.config.schedule, step - moment.first, moment.last - moment.first)
         self.learner.rate = self._rate(moment) * factor
-        batches = [_to_device(batch, self.ranks.device) for batch in batches]
-        self._share(batches)
-        self._exchange(batches, step)
-        numbers: dict[str, Tensor] = {}
-        for batch in batches:
-            with self._critic_at_hand():
-                losses = self.learner(batch, step)
-                total = torch.stack(list(losses.values())).sum()
-                self.dropped = not self.learner.learn(total)
-            _add(numbers, _named(total, losses, self.method.monitors), len(batches))
-        if self.dropped:
-            self.method.step_dropped(step)
-            return self._reduce(numbers, step)
-        if self.critic is not None and "adversarial" in self.method.weights(step):
-            for batch in batches:
-                _add(numbers, self._critic_step(self.critic, batch), len(batches))
-        with self._whole_for_method():
-            self.method.after_step(step)
-        if self.average:
+        numbers, verdict = self.stepper.take(batches, step)
+        if self.average and not verdict.not_finite:
             with self.learner.whole():
                 update_average(self.average, self.method, self.config.train.ema_decay)
-        return self._reduce(numbers, step)
-
-    def _exchange(self, batches: list[Batch], step: int) -> None:
-        # In the precision of the forward, which the engine sees to: what is shared must not depend on the parts.
-        with autocast(self.config.train.autocast, self.ranks.device), self._whole_for_method():
-            self.method.exchange(batches, step)
-
-    def _whole_for_method(self) -> AbstractContextManager[None]:
-        return self.learner.whole() if self.method.reads_parameters else nullcontext()
-
-    def _critic_at_hand(self) -> AbstractContextManager[None]:
-        """The critic judges for the generator past its engine."""
-        return nullcontext() if self.critic is None else self.critic.whole()
-
-    def _loss_scale(self) -> dict[str, float]:
-        return {"loss_scale": self.learner.loss_scale.scale} if self.learner.loss_scale else {}
-
-    def _critic_step(self, critic: Learner, batch: Batch) -> dict[str, Tensor]:
-        losses = critic(*self.method.adversary_inputs(batch))
-        critic.learn(torch.stack(list(losses.values())).sum())
-        seen: dict[str, Tensor] = losses | getattr(critic.module, "monitors", {})
-        return {f"adversary/{name}": value.detach() for name, value in seen.items()}
-
-    def _share(self, batches: list[Batch]) -> None:
-        """Tells each part of the global batch its share of what the means divide by (see `Method`)."""
-        own = [self.method.counts(batch) for batch in batches]
-        names = sorted(own[0])
-        if not names:
-            return
-        counts = torch.stack([torch.stack([count[name].double() for name in names]) for count in own])
-        total = self.ranks.sum(counts.sum(0))
-        shares = (counts * (len(batches) * self.ranks.size) / total.clamp(min=1e-12)).float()
-        for batch, share in zip(batches, shares, strict=True):
-            batch["share"] = dict(zip(names, share, strict=True))
-
-    def _reduce(self, numbers: dict[str, Tensor], step: int) -> tuple[dict[str, float], bool]:
-        names = list(numbers)
-        # The signal travels with the numbers: every rank stops after the same step.
-        values = torch.stack(
-            [
-                *(numbers[name].double() for name in names),
-                torch.tensor(float(self.signal.number != 0), dtype=torch.float64, device=self.ranks.device),
-            ]
-        )
-        mean = self.ranks.mean(values).tolist()
-        if not math.isfinite(mean[0]):
-            raise UserError(
-                f"step {step + 1}: the loss is {mean[0]}; the last checkpoint is whole. Lower "
-                f"optimizer.learning_rate, set optimizer.gradient_clip, or use train.autocast=none"
-            )
-        return dict(zip(names, mean, strict=False)), mean[-1] > 0
-
-    @torch.no_grad()
-    def _validate(self, batches: list[Batch], done: int) -> dict[str, float]:
-        """Losses on the held-aside views with the terms of the step taken last."""
-        step = max(0, done - 1)
-        for each in self.learners():
-            each.train(False)
-        numbers: dict[str, Tensor] = {}
-        for held in batches:
-            batch = _to_device(held, self.ranks.device)
-            self._share([batch])
-            self._exchange([batch], step)
-            with self._critic_at_hand():
-                losses = self.learner(batch, step)
-            total = torch.stack(list(losses.values())).sum()
-            _add(numbers, _named(total, losses, self.method.monitors), len(batches))
-        for each in self.learners():
-            each.train()
-        mean = self.ranks.mean(torch.stack([value.double() for value in numbers.values()])).tolist()
-        return {
-            name.removeprefix("loss/").removeprefix("monitor/"): value
-            for name, value in zip(numbers, mean, strict=True)
-        }
+        return numbers, verdict
 
     def _preflight(self, batches: list[Batch], monitor: Monitor) -> None:
         try:
@@ -331,78 +261,61 @@ class Trainer:
         )
 
     def _resume(self) -> int:
-        state, damaged = checkpoint.load_latest(self.run / "checkpoints")
-        if self.ranks.first:
-            for line in damaged:
-                print(f"skipped: {line}", file=sys.stderr)
-        step = state.step if state else 0
-        if self.ranks.mean(torch.tensor(float(step))).item() != step:
-            raise UserError(
-                f"output: the ranks do not see the same checkpoints in {self.run}; it must be a folder that all of "
-                f"the machines share"
-            )
+        state = resuming.find_state(self.run, self.config, self.ranks)
         if state is None:
             if self.config.train.ema_decay:
                 self._begin_average()
             return 0
-        if state.step > self.config.train.steps:
-            raise UserError(
-                f"train.steps: {self.config.train.steps} is less than the {state.step} steps that "
-                f"{self.run} has taken; choose more, or another output"
-            )
-        self.learner.load_module(state.model)
-        self.learner.load_optimizer_state(state.optimizer)
-        if self.critic is not None:
-            self.critic.load_module(state.adversary)
-            self.critic.load_optimizer_state(state.adversary_optimizer)
+        if self.ranks.first:
+            for line in resuming.notes(state, self.config):
+                print(line, file=sys.stderr)
+        resuming.restore(state, self.learner, self.critic, self.method, self.config)
         for name, scale in self._loss_scales().items():
             if name in state.scaler:
                 scale.load(state.scaler[name])
         self.loaded = state.loaded
         self.average = read_average(state.average, self.method, self.ranks.device)
+        self.guards.load_state(state.guards)
         return state.step
 
     def _begin_average(self) -> None:
         with self.learner.whole():
             self.average = begin_average(self.method)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, moment: Moment, held_aside: float | None = None) -> None:
+        """Begins a save of what the steps of `moment` so far have made. Collective."""
+        began = time.perf_counter()
         optimizers = [each.optimizer_state() for each in self.learners()]
 
-        def write() -> None:
-            state = checkpoint.State(step, self.method.state_dict(), optimizers[0], self.average, loaded=self.loaded)
+        def begin() -> None:
+            origin = origin_of(self.config, moment, self.learner.rate)
+            state = State(step, self.method.state_dict(), optimizers[0], self.average, loaded=self.loaded, **origin)
             if self.critic is not None:
                 state.adversary, state.adversary_optimizer = self.critic.module.state_dict(), optimizers[1]
             state.scaler = {name: scale.state() for name, scale in self._loss_scales().items()}
-            checkpoint.save_checkpoint(self.run / "checkpoints", state, self.config.checkpoint.keep)
-            self._save_weights(step)
+            state.guards = self.guards.state()
+            with averaged(self.method, self.average):
+                self.saver.save(state, self.method.transferable(), self._about(step), held_aside)
 
-        with self.learner.whole(), self._critic_at_hand():
+        with contextlib.ExitStack() as whole:
             for each in self.learners():
+                whole.enter_context(each.whole())
                 self.ranks.check_equal(each.module)
+            self.ranks.on_first(begin)
+        self.saved_at = step
+        self.held_seconds += time.perf_counter() - began
+
+    def _write_weights(self, step: int) -> None:
+        """Those of a run that is done, where they went missing. Collective."""
+
+        def write() -> None:
+            with averaged(self.method, self.average):
+                stage = self.method.schedule.at(step - 1).index
+                self.saver.write_weights(step, stage, self.method.transferable(), self._about(step))
+
+        with self.learner.whole():
             self.ranks.on_first(write)
 
-    def _save_weights(self, step: int) -> None:
+    def _about(self, step: int) -> dict[str, Any]:
         untrained = [name for name in self.method.untrained() if name not in self.loaded]
-        about = self.description | {"step": step, "untrained": untrained}
-        with averaged(self.method, self.average):
-            save_weights(self.run / RUN_WEIGHTS, self.method.transferable(), about)
-
-
-def _add(numbers: dict[str, Tensor], more: dict[str, Tensor], parts: int) -> None:
-    for name, value in more.items():
-        numbers[name] = numbers.get(name, 0) + value / parts
-
-
-def _named(total: Tensor, losses: dict[str, Tensor], monitors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return (
-        {"loss": total.detach()}
-        | {f"loss/{name}": value.detach() for name, value in losses.items()}
-        | {f"monitor/{name}": value.detach() for name, value in monitors.items()}
-    )
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    return {
-        key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()
-    }
+        return self.description | {"step": step, "untrained": untrained}

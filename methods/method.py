@@ -2,17 +2,22 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from .parts.feature_bank import FeatureBank
-from .parts.running_standard import RunningStandard
 from .stages import Stage, StageSchedule
 from .views import ViewSpec
 
 Batch = dict[str, Any]
+
+
+@runtime_checkable
+class Collector(Protocol):
+    """A part that collects in the forwards of a step what it takes in after the step."""
+
+    def forget_collected(self) -> None: ...
 
 
 class Method(nn.Module):
@@ -84,11 +89,14 @@ class Method(nn.Module):
     def after_step(self, step: int) -> None:
         """Runs after each optimizer step: moving averages, banks."""
 
-    def step_dropped(self, step: int) -> None:
-        """Runs in place of `after_step` where the step was not taken: what its forwards collected is thrown away."""
-        for module in self.modules():
-            if isinstance(module, (FeatureBank, RunningStandard)):
-                module.discard()
+    def step_dropped(self) -> None:
+        """Runs in place of `after_step` where the step was not taken: what its forwards collected is forgotten.
+
+        Whoever drops a step puts the buffers back as they were, but for those of banks: they change after a step alone.
+        """
+        for each in self.modules():
+            if isinstance(each, Collector):
+                each.forget_collected()
 
     def weights_loaded(self, step: int) -> None:
         """Runs after the backbone was given other weights: what followed the old ones begins anew."""

@@ -227,6 +227,10 @@ class Pcrl(Method):
         self.standard.update(self.group)
         self.monitor.update(step, self.group)
 
+    def step_dropped(self) -> None:
+        super().step_dropped()
+        self._fixed = False  # the first batch may have been the one
+
     def warning(self, step: int, numbers: Mapping[str, float]) -> str | None:
         return self.watch.see(step, numbers)
 

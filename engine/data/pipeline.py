@@ -207,6 +207,8 @@ class ViewPipeline:
         )
         _allow_open_files(len(self._slots) * (prefetch + 4))  # sent, being planned and about to be given back
         self._step = start_step  # the next one to hand out
+        self._awaited: tuple[int, list[Future[Slot]]] = (start_step, [])  # what DALI was sent last, or waits for
+        self.abandoned = False  # readers may hang for ever, and nobody waits for them
         self._start()
 
     def _start(self) -> None:
@@ -303,12 +305,21 @@ class ViewPipeline:
             job = (self._volumes, self.planner, self._left_out, self.split, self._next_step)
             self._ahead.append([self._readers.submit(_prepare_slot, *job, slot) for slot in self._slots])
             self._next_step += 1
-        return [future.result() for future in self._ahead.popleft()]
+        self._awaited = self._next_step - len(self._ahead), self._ahead.popleft()
+        return [future.result() for future in self._awaited[1]]
+
+    def waiting_for(self) -> str:
+        """The volumes that a step waits for which does not come; from another thread than the one that iterates."""
+        step, futures = self._awaited
+        slots = [slot for slot, future in zip(self._slots, futures, strict=False) if not future.done()]
+        what = "opened" if slots else "read"
+        cases = {self.planner.cases[self.plan(step, slot).case_index].id for slot in slots or self._slots}
+        return f"volumes to be {what}: {', '.join(sorted(cases))}"
 
     def close(self) -> None:
         """Ends the readers and releases what DALI holds; batches already handed out stay valid."""
         self._forget()
-        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._readers.shutdown(wait=not self.abandoned, cancel_futures=True)
 
     def _forget(self) -> None:
         for futures in self._ahead:

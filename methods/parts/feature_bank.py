@@ -47,14 +47,14 @@ class FeatureBank(nn.Module):
         self.pushed.zero_()
         self._collected.clear()
 
+    def forget_collected(self) -> None:
+        """In place of `push`, where the step was not taken."""
+        self._collected.clear()
+
     def collect(self, *keys: Tensor) -> None:
         """Keys (b, C) of one forward, to be pushed after the step; of several kinds the first goes first."""
         if self.training:
             self._collected.append(torch.stack([each.detach().to(self.vectors.dtype) for each in keys], dim=1))
-
-    def discard(self) -> None:
-        """Forgets what was collected: its step was not taken."""
-        self._collected.clear()
 
     @torch.no_grad()
     def push(self, group: Any = None) -> None:

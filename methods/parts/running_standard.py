@@ -63,8 +63,8 @@ class RunningStandard(nn.Module):
         if self.training:
             self._collected.append(features.detach().to(self.mean.dtype))
 
-    def discard(self) -> None:
-        """Forgets what was collected: its step was not taken."""
+    def forget_collected(self) -> None:
+        """In place of `update`, where the step was not taken."""
         self._collected.clear()
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """What a run left, compared with another run bit by bit and with a plain loop."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from voxtrast.engine.rates import rate_factor
 from voxtrast.engine.runs import build_method, open_cases
 from voxtrast.methods import Method
 
-TIMES = ("samples_per_second", "data_wait", "memory_mb")
+TIMES = ("samples_per_second", "data_wait", "memory_mb", "save_seconds")
 
 
 def state_of(run: Path, step: int = 6) -> State:
@@ -43,8 +43,8 @@ def assert_same_bits(one: State, other: State) -> None:
     assert not different
 
 
-def plain_loop(config: Config) -> tuple[Method, list[float]]:
-    """What the stages stand for, with torch alone."""
+def plain_loop(config: Config, without: Sequence[int] = ()) -> tuple[Method, list[float]]:
+    """What the stages stand for, with torch alone; steps (from 0) may be left out."""
     torch.manual_seed(config.seed)
     method = build_method(config)
     store, cases, _, _ = open_cases(config)
@@ -64,6 +64,8 @@ def plain_loop(config: Config) -> tuple[Method, list[float]]:
         with ViewPipeline(store, cases, method.views, **options) as views:
             for step in range(moment.first, moment.last):
                 [batch] = next(views)
+                if step in without:
+                    continue
                 factor = rate_factor(config.schedule, step - moment.first, moment.last - moment.first)
                 for group in optimizer.param_groups:
                     group["lr"] = (stage.learning_rate or config.optimizer.learning_rate) * factor
