@@ -136,10 +136,9 @@ class Stepper:
         means = dict(zip(names, found, strict=False))
         unsound = {name: share > 0 for name, share in zip(stepping, found[len(names) :], strict=False)}
         not_finite, overflow = self.guards.judge(means, unsound, scaled=self.learner.loss_scale is not None)
-        if overflow or not not_finite:
-            for name, each in stepping.items():
-                if each.loss_scale:
-                    each.loss_scale.update(not unsound[name])
+        for name, each in stepping.items():
+            if each.loss_scale and (not not_finite or (overflow and unsound[name])):
+                each.loss_scale.update(not unsound[name])
         return means, Verdict(found[-2] > 0, found[-1] > 0, not_finite, overflow, numbers)
 
 
