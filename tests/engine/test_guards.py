@@ -1,7 +1,9 @@
 """What a run does about losses that are not finite or leap, data that stalls, a full disk, and a limit of time."""
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -180,6 +182,78 @@ OpenVolumes.open = hanging
 METHODS["stand_in"] = StandIn
 sys.exit(pretrain.main())
 """
+
+
+SPOILED = """
+import os, sys
+from stand_in import METHODS, StandIn
+from voxtrast.engine import pretrain
+from voxtrast.engine.data.pipeline import ViewPipeline
+ordinary = ViewPipeline.__next__
+def spoiled(views):
+    batches = ordinary(views)
+    if views.split == "train" and views._step in STEPS and os.environ["RANK"] == "1":
+        batches[-1]["one_clean"] = batches[-1]["one_clean"].clone()
+        batches[-1]["one_clean"][-1, 0, 3, 3, 3] = float("nan")
+    return batches
+ViewPipeline.__next__ = spoiled
+METHODS["stand_in"] = StandIn
+sys.exit(pretrain.main())
+"""
+
+
+def on_two_ranks(script: Path, words: list[str]) -> "subprocess.CompletedProcess[str]":
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free.getsockname()[1]}"]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *launcher, str(script), *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1])
+def test_what_one_rank_finds_not_finite_no_rank_takes(
+    stage: int, run: Run, spoil: Any, tiny_store: Path, tmp_path: Path
+) -> None:
+    words = ["checkpoint.every=1", "optimizer.name=sgd", f"deepspeed.zero_stage={stage}"]
+    spoil([2, 4, 5])
+    alone = run("alone", *words)
+    script, together = tmp_path / "spoiled.py", tmp_path / "together"
+    script.write_text(f"STEPS = [2, 4, 5]{SPOILED}")
+    common = [str(recipe(tmp_path)), f"data={tiny_store}", f"output={together}", *words]
+    done = on_two_ranks(script, common)
+    assert done.returncode == 0, done.stderr
+    assert [line["skipped"] for line in lines_of(together)] == [0, 1, 1, 2, 3, 3]
+    assert_same_bits(state_of(together, 5), state_of(together, 3))
+    ours, theirs = state_of(together).model, state_of(alone).model
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+    script.write_text(f"STEPS = [7, 8, 9]{SPOILED}")
+    done = on_two_ranks(script, [*common, "train.steps=12"])
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 2, done.stderr
+    for line in errors:
+        assert "step 9: not finite: loss, loss/restorative, grad" in line
+        assert "The batch is of rank 1: " in line
+    assert [file.name for file in together.glob("failed*")] == ["failed-step-9-rank-1.pt"]
+    assert torch.load(together / "failed-step-9-rank-1.pt", weights_only=True)["batches"][0]["one_clean"].isnan().any()
+    assert "engine/trainer.py" not in done.stderr  # the launcher's own traceback does not count
+
+
+@pytest.mark.slow
+def test_two_ranks_out_of_time_save_after_the_same_step(tiny_store: Path, tmp_path: Path) -> None:
+    words = [str(recipe(tmp_path)), f"data={tiny_store}", f"output={tmp_path / 'run'}", "train.max_minutes=0.00001"]
+    done = on_two_ranks(Path(__file__).parent / "stand_in.py", words)
+    assert done.stderr.count("stopped by train.max_minutes=1e-05 after step 1; the same command continues") == 2
+    assert "exitcode  : 75" in done.stderr
+    assert [step for step, _ in finished_checkpoints(tmp_path / "run" / "checkpoints")] == [1]
 
 
 @pytest.mark.slow

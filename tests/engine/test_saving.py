@@ -202,6 +202,7 @@ def test_other_versions_and_another_length_are_said_in_a_line_each(
     assert changed({}, versions()) == ""
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_second_format_is_continued_to_the_same_end(run: Run, tmp_path: Path) -> None:
     whole = run("whole")
     shutil.copytree(whole, tmp_path / "run")
