@@ -214,7 +214,8 @@ def test_table_of_ranks_stages_and_methods(tiny_store: Path, tmp_path: Path) -> 
 def differences(run: Path, reference: Path) -> tuple[float, float, float, float, str]:
     pairs = zip(lines_of(run), lines_of(reference), strict=True)
     losses = max(abs(one["loss"] - other["loss"]) / abs(other["loss"]) for one, other in pairs)
-    first, second = (parameters_of(state_of(each, 10), reference) for each in (run, reference))
+    steps = len(lines_of(run))
+    first, second = (parameters_of(state_of(each, steps), reference) for each in (run, reference))
     start = parameters_of(None, reference)
     furthest = max((apart(tensor, second[name]), name) for name, tensor in first.items())
     distance, length, way = (
