@@ -26,7 +26,7 @@ Departures from the official code, with reasons:
   gradient, so they are the initial ones but for weight decay: adamw and sgd scale them down, adam drives them to 0.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -233,10 +233,17 @@ class PcrlV2(Method):
             parameter.flatten()[:1].sum()
             for index, scale in enumerate(self.scales)
             for head in heads
-            for parameter in getattr(scale, head).parameters()
             if index not in drawn
+            for parameter in named_one_by_one(getattr(scale, head))
         ]
         return 0.0 * torch.stack(unused).sum() if unused else torch.zeros((), device=self.restore.weight.device)
+
+
+def named_one_by_one(module: nn.Module) -> Iterator[nn.Parameter]:
+    """A module's parameters, each asked for by its name: under ZeRO 3 that gathers one for who is not its layer."""
+    for each in module.modules():
+        for name, _ in each.named_parameters(recurse=False):
+            yield getattr(each, name)
 
 
 def similarity(a: Embedding, b: Embedding) -> Tensor:
