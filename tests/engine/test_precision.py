@@ -73,8 +73,8 @@ def weights_of(engine: Any) -> list[Tensor]:
     return [each.detach().clone() for each in engine.module.parameters()]
 
 
-def take(engine: Any, number: int, scale: float, spoil: float = 0.0, rank: int = 0) -> bool:
-    """One step as a learner takes it; says whether it was taken."""
+def take(engine: Any, number: int, scale: float, spoil: float = 0.0, rank: int = 0, unwanted: bool = False) -> bool:
+    """One step as a learner takes it, unless it is unwanted or not finite; says whether it was taken."""
     generator = torch.Generator().manual_seed(10 * number + rank)
     parts = engine.gradient_accumulation_steps()
     for part in range(parts):
@@ -82,7 +82,7 @@ def take(engine: Any, number: int, scale: float, spoil: float = 0.0, rank: int =
         gradients.backward(engine, loss + (loss * spoil if part == 0 else 0), scale)
         if part < parts - 1:
             engine.step()
-    if not gradients.are_finite(engine):
+    if not gradients.are_finite(engine) or unwanted:
         gradients.drop(engine)
         return False
     gradients.unscale(engine, scale)
@@ -97,6 +97,7 @@ def check_stage(stage: int, rank: int, clip: float, accumulation: int) -> None:
             before = weights_of(dropping)
             alone = math.inf if rank == dist.get_world_size() - 1 else 0.0  # the gradients of one rank alone
             assert not take(dropping, 7, 1.0, alone, rank)
+            assert not take(dropping, 8, 1.0, rank=rank, unwanted=True)  # finite gradients can be dropped as well
             assert all(torch.equal(one, two) for one, two in zip(weights_of(dropping), before, strict=True))
         assert take(plain, number, 1.0, rank=rank)
         assert take(scaled, number, 2.0 ** (16 - number), rank=rank)
