@@ -27,6 +27,7 @@ class TrainConfig:
     autocast: str = "none"  # none | bfloat16
     ema_decay: float = 0.0  # 0 switches the moving average off; with it, the average is what is exported
     threads: int = 0  # torch threads per process; 0 leaves them as they are
+    timeout_minutes: float = 30.0  # for all ranks to come, for a slow first step, and until a silent rank is lost
 
 
 @dataclass
@@ -113,6 +114,7 @@ CHANGEABLE = (
     "train.steps",
     "train.threads",
     "train.accumulation",
+    "train.timeout_minutes",
     "validation.every",
     "validation.batches",
     "checkpoint",
@@ -135,6 +137,7 @@ POSITIVE = (
     "train.steps",
     "train.global_batch",
     "train.accumulation",
+    "train.timeout_minutes",
     "optimizer.learning_rate",
     "adversary_optimizer.learning_rate",
     "loader.threads",
@@ -193,6 +196,11 @@ def write_config(config: Config, path: Path) -> None:
     text = OmegaConf.to_yaml(OmegaConf.structured(config))
     if not path.exists() or path.read_text() != text:
         write_whole(path, lambda partial: partial.write_text(text))
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """All settings by dotted key, as plain values that JSON can hold."""
+    return _flatten(OmegaConf.structured(config))
 
 
 def differences(old: Config, new: Config) -> list[str]:

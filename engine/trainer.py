@@ -26,6 +26,7 @@ from .monitor import Monitor
 from .ranks import Ranks
 from .runs import build_method
 from .signals import StopSignal
+from .watchdog import at
 from .weights import RUN_WEIGHTS, save_weights
 
 
@@ -94,8 +95,10 @@ class Trainer:
         with self._pipeline(self.cases, start, "train", self.config.train.accumulation, global_batch) as views:
             for step in range(start, moment.last):
                 began = time.perf_counter()
+                at("waiting for views", step + 1)
                 batches = self._next(views, step)
                 waited = time.perf_counter() - began
+                at("training")
                 numbers, stop = self._step(batches, step, moment)
                 seconds = time.perf_counter() - began
                 monitor.step(
@@ -234,6 +237,7 @@ class Trainer:
     @torch.no_grad()
     def _validate(self, batches: list[Batch], done: int) -> dict[str, float]:
         """Losses on the held-aside views with the terms of the step taken last."""
+        at("validating")
         step = max(0, done - 1)
         for each in self._learners():
             each.train(False)
@@ -331,6 +335,7 @@ class Trainer:
                     self.average[name].lerp_(parameter.detach().float(), 1 - decay)
 
     def _save(self, step: int) -> None:
+        at("saving a checkpoint", step)
         for each in self._learners():
             self.ranks.check_equal(each.module)
         optimizers = [each.optimizer_state() for each in self._learners()]
