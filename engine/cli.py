@@ -1,4 +1,4 @@
-"""The command line: voxtrast prepare | views | pretrain | launch | doctor | finetune | table | export | report | recipes | bench | …"""
+"""The command line: voxtrast prepare | views | pretrain | launch | doctor | finetune | …"""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""Hostfiles: one line `NAME slots=N` for each machine, as DeepSpeed reads them, and whether ssh reaches the machines."""
+"""Hostfiles: one line `NAME slots=N` for each machine, as DeepSpeed reads them, and whether ssh reaches them."""
 
 import re
 import socket

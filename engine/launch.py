@@ -52,13 +52,13 @@ def command_for(parsed: argparse.Namespace, config: Config) -> list[str]:
         if parsed.include or parsed.exclude:
             raise UserError("--include and --exclude choose from a hostfile: give --hostfile FILE as well")
         slots = {"localhost": list(range(_local_slots(parsed.processes, config)))}
-        return [*_one_node(slots, parsed.master_addr or "127.0.0.1", parsed.master_port), *words]
+        return [*one_node(slots, parsed.master_addr or "127.0.0.1", parsed.master_port), *words]
     if parsed.processes:
         raise UserError("--processes: with a hostfile the ranks follow from its slots; leave one of the two out")
     hosts = read_hostfile(parsed.hostfile, uneven=parsed.uneven)
     chosen = chosen_hosts(hosts, parsed.include, parsed.exclude)
     if len(chosen) == 1 and is_local(next(iter(chosen))):
-        return [*_one_node(chosen, parsed.master_addr or "127.0.0.1", parsed.master_port), *words]
+        return [*one_node(chosen, parsed.master_addr or "127.0.0.1", parsed.master_port), *words]
     if not parsed.no_ssh_check:
         check_reachable(list(chosen), parsed.ssh_port)
         if parsed.launcher == "pdsh" and shutil.which("pdsh") is None:
@@ -104,7 +104,7 @@ def _local_slots(processes: int | None, config: Config) -> int:
     return processes or gpus or 1
 
 
-def _one_node(slots: dict[str, list[int]], address: str, port: int) -> list[str]:
+def one_node(slots: dict[str, list[int]], address: str, port: int) -> list[str]:
     if address == "127.0.0.1":
         _check_port_free(port)
     world = base64.urlsafe_b64encode(json.dumps(slots).encode()).decode()
