@@ -6,7 +6,7 @@ from pathlib import Path
 from ..errors import UserError
 from .data_plane import check_data_plane
 from .devices import check_devices
-from .finding import BROKEN, Finding
+from .finding import BROKEN, Finding, from_error
 from .network import check_hosts
 from .operators import check_operators
 from .reading import check_store
@@ -43,10 +43,8 @@ def examine(hostfile: Path | None = None, store: Path | None = None, *, quick: b
         try:
             found += check()
         except UserError as error:
-            thing, _, remedy = str(error).partition("; ")
-            found.append(Finding(area, "check", BROKEN, thing, remedy))
+            found.append(from_error(area, "check", error))
         except Exception as error:
-            found.append(
-                Finding(area, "check", BROKEN, f"{type(error).__name__}: {error}", "report this with the line")
-            )
+            said = f"{type(error).__name__}: {error}"
+            found.append(Finding(area, "check", BROKEN, said, "report this with the line"))
     return found

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from ..data.native import build, cache_folder, compiler, load_plugin, plugin_library
 from ..errors import UserError
-from .finding import BROKEN, GOOD, NOTE, Finding
+from .finding import GOOD, NOTE, Finding, from_error
 
 
 def check_data_plane() -> Iterator[Finding]:
@@ -14,14 +14,14 @@ def check_data_plane() -> Iterator[Finding]:
     try:
         yield Finding("data plane", "compiler", GOOD, " ".join(compiler()))
     except UserError as error:
-        yield Finding("data plane", "compiler", NOTE, *_parts(error))
+        yield from_error("data plane", "compiler", error, NOTE)
     before = _built()
     began = time.perf_counter()
     try:
         without_cuda = load_plugin()
         path = build(plugin_library()) if without_cuda else None
     except UserError as error:
-        yield Finding("data plane", "DALI operators", BROKEN, *_parts(error))
+        yield from_error("data plane", "DALI operators", error)
         return
     new = _built() - before
     how = f"compiled now in {time.perf_counter() - began:.0f} s" if new else "found compiled"
@@ -35,12 +35,3 @@ def check_data_plane() -> Iterator[Finding]:
 
 def _built() -> set[str]:
     return {path.parent.name for path in cache_folder().glob("*/*.so")}
-
-
-def _parts(error: UserError) -> tuple[str, str]:
-    text = str(error)
-    for mark in (": pip install", "; ", ": install", ": "):
-        detail, found, remedy = text.rpartition(mark)
-        if found:
-            return detail, f"{mark.lstrip(': ;')}{remedy}".strip()
-    return text, "see docs/pretrain.md"

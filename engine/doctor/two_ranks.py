@@ -15,7 +15,7 @@ import torch
 
 from ..checkpoint import State, finished_checkpoints, load_checkpoint
 from ..config import load_config
-from ..data.store import Case, write_array, write_index
+from ..data.store import FORMAT, Case, write_array, write_index, write_settings
 from ..launch import one_node
 from ..runs import build_method
 from .finding import BROKEN, GOOD, Finding
@@ -78,11 +78,9 @@ def write_made_up_store(path: Path) -> None:
     cases = []
     for index in range(4):
         waves = [np.sin(2 * np.pi * (generator.uniform(1, 4) * axis + generator.uniform())) for _ in range(6)]
-        volume = sum(
-            waves[k][:, None, None] * waves[(k + 1) % 6][None, :, None] * waves[(k + 2) % 6][None, None]
-            for k in range(6)
-        )
-        volume = (volume / np.std(volume)).astype(np.float16)
+        products = [np.einsum("d,h,w->dhw", *(waves[(first + k) % 6] for k in range(3))) for first in range(6)]
+        total = np.sum(products, axis=0)
+        volume = (total / total.std()).astype(np.float16)
         intensity = {"background": float(volume.min()), "low": -2.0, "high": 2.0, "mean": 0.0, "std": 1.0}
         name = f"made-up-{index}"
         sha256 = write_array(path / "volumes" / f"{name}.npy", volume)
@@ -101,6 +99,7 @@ def write_made_up_store(path: Path) -> None:
             )
         )
     write_index(path, cases)
+    write_settings(path, {"format": FORMAT})
 
 
 def _train(ranks: int, words: list[str], device: str) -> subprocess.CompletedProcess[str]:

@@ -9,8 +9,7 @@ from packaging.requirements import Requirement
 
 from .finding import BROKEN, GOOD, NOTE, Finding
 
-NEEDED = ("engine", "dali")  # extras without which `pretrain` does not run; the others are notes
-REPORTED = ("engine", "dali", "gpu", "numba", "dask")
+NEEDED = ("engine", "dali", "dali-cuda12")  # extras without which `pretrain` does not run; the others are notes
 
 
 def check_versions() -> Iterator[Finding]:
@@ -23,10 +22,11 @@ def check_versions() -> Iterator[Finding]:
 
 
 def _requirements() -> Iterator[tuple[str, Requirement]]:
+    dali = "dali" if _installed("nvidia-dali-cuda120") is None else "dali-cuda12"
     seen = set()
     for text in requires("voxtrast") or []:
         requirement = Requirement(text)
-        for extra in ("", *REPORTED):
+        for extra in ("", "engine", dali, "gpu", "numba", "dask"):
             wanted = requirement.marker is None if not extra else _belongs(requirement, extra)
             if wanted and requirement.name not in seen and requirement.name != "voxtrast":
                 seen.add(requirement.name)
@@ -41,10 +41,16 @@ def _judge(extra: str, requirement: Requirement) -> Finding:
     name, wanted = requirement.name, str(requirement.specifier)
     serious = BROKEN if extra in ("", *NEEDED) else NOTE
     remedy = f"pip install 'voxtrast[{extra}]'" if extra else f"pip install '{requirement}'"
-    try:
-        found = version(name)
-    except PackageNotFoundError:
+    found = _installed(name)
+    if found is None:
         return Finding("versions", name, serious, f"not installed; extra {extra} has {name}{wanted}", remedy)
     if not requirement.specifier.contains(found, prereleases=True):
         return Finding("versions", name, serious, f"{found} is not within {wanted}", remedy)
     return Finding("versions", name, GOOD, f"{found} ({wanted})")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
