@@ -16,8 +16,9 @@ from .errors import UserError
 
 UNKNOWN_HOST_S = 60.0  # a name that no server knows for so long is wrong, not late
 LOOKS_S = 0.2  # between two looks at who has come
-FAREWELL_S = 2.0  # the store stays for so long after a failure, for the others to read it
-DECLINE_S = 5.0
+FAREWELL_S = 1.0  # the store stays for so long after a failure, for the others to read it
+LATE_S = 15.0  # and so long for those that start late
+DECLINE_S = 5.0  # to reach the others
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,14 @@ def meet(place: Place, facts: dict[str, str], timeout_s: float) -> Meeting:
     store.set(f"came/{place.rank}", json.dumps({"host": host, "facts": facts}))
     keys = [f"came/{rank}" for rank in range(place.size)]
     try:
-        while not store.check(keys):
-            if store.check(["failed"]):
-                raise UserError(store.get("failed").decode())
+        while True:
+            everyone = store.check(keys)
+            if store.check(["failed"]):  # said before that rank's own key: who sees all keys sees this
+                line = store.get("failed").decode()
+                _stay(place, store, keys)
+                raise UserError(line)
+            if everyone:
+                break
             if time.monotonic() > deadline:
                 _fail(place, store, _missing(place, store, keys, timeout_s))
             time.sleep(LOOKS_S)
@@ -116,8 +122,8 @@ def decline(line: str, environment: Mapping[str, str] = os.environ) -> None:
             first, _ = _connect(here, time.monotonic() + DECLINE_S, DECLINE_S)
             store = dist.PrefixStore(f"attempt {here.attempt}", first)
             store.set("failed", f"rank {here.rank} on {socket.gethostname()} did not start: {line}")
-            if here.rank == 0 and not here.served:
-                time.sleep(DECLINE_S)
+            store.set(f"came/{here.rank}", "declined")
+            _stay(here, store, [f"came/{rank}" for rank in range(here.size)])
 
 
 def _connect(place: Place, deadline: float, timeout_s: float) -> tuple[dist.Store, dist.Store]:
@@ -190,6 +196,15 @@ def _fail(place: Place, store: dist.Store, line: str) -> None:
         if place.rank == 0:
             time.sleep(FAREWELL_S)
     raise UserError(line)
+
+
+def _stay(place: Place, store: dist.Store, keys: list[str]) -> None:
+    """Rank 0 holds the store until the others have come and read in it, within limits."""
+    if place.rank == 0 and not place.served:
+        deadline = time.monotonic() + LATE_S
+        while not store.check(keys) and time.monotonic() < deadline:
+            time.sleep(LOOKS_S)
+        time.sleep(FAREWELL_S)
 
 
 def ranges(numbers: list[int]) -> str:
