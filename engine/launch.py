@@ -123,6 +123,7 @@ def _check_port_free(port: int) -> None:
 
 def _environment(config: Config) -> dict[str, str]:
     environment = dict(os.environ)
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's warnings of a lost connection hide the one line
     if config.device == "cpu" or not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     return environment

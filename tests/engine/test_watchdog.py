@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,17 @@ from pathlib import Path
 import pytest
 from rank_processes import RankProcesses
 
+from voxtrast.engine import watchdog
 from voxtrast.engine.errors import UserError
 from voxtrast.engine.meeting import meet, place
 from voxtrast.engine.watchdog import LOST_RANK, LostRank, Watchdog, at
 
-LIMIT_S = 1.6
+LIMIT_S, GRACE_S = 1.6, 0.5
+
+
+@pytest.fixture(autouse=True)
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "GRACE_S", GRACE_S)
 
 
 def watched(body: Callable[[int], None], together: tuple[type[Exception], ...] = ()) -> Callable[[int], None]:
@@ -25,10 +32,10 @@ def watched(body: Callable[[int], None], together: tuple[type[Exception], ...] =
             with Watchdog(met.second, met.store, rank, met.hosts, LIMIT_S, together):
                 body(rank)
         except LostRank as error:
-            print(f"error (rank {rank}): {error}", file=__import__("sys").stderr)
+            print(f"error (rank {rank}): {error}", file=sys.stderr)
             os._exit(LOST_RANK)
         except (UserError, InterruptedError) as error:
-            print(f"error (rank {rank}): {error}", file=__import__("sys").stderr)
+            print(f"error (rank {rank}): {error}", file=sys.stderr)
             os._exit(2)
 
     return work
@@ -44,6 +51,7 @@ def test_ranks_that_end_well_one_after_the_other_say_nothing(tmp_path: Path) -> 
     assert [ranks.said(rank) for rank in range(3)] == [[], [], []]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_longer_busy_than_the_limit_is_not_lost(tmp_path: Path) -> None:
     def body(rank: int) -> None:
         at("saving a checkpoint", 3)
@@ -54,7 +62,7 @@ def test_a_rank_that_is_longer_busy_than_the_limit_is_not_lost(tmp_path: Path) -
     assert ranks.ends(15) == [0, 0]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_stands_still_ends_the_others_within_the_limit(victim: int, tmp_path: Path) -> None:
     def body(rank: int) -> None:
         at("saving a checkpoint", 7)
@@ -62,7 +70,7 @@ def test_a_rank_that_stands_still_ends_the_others_within_the_limit(victim: int, 
 
     ranks = RankProcesses(tmp_path, watched(body), size=3)
     ranks.start()
-    time.sleep(1.5)
+    time.sleep(1.2)
     began = time.monotonic()
     process = ranks.processes[victim].pid
     assert process is not None
@@ -74,7 +82,7 @@ def test_a_rank_that_stands_still_ends_the_others_within_the_limit(victim: int, 
     os.kill(process, signal.SIGKILL)
     codes = ranks.ends(15)
     assert [codes[rank] for rank in others] == [LOST_RANK, LOST_RANK]
-    assert seconds < LIMIT_S + 3 + 3  # the limit, the grace, and what a busy machine takes
+    assert seconds < LIMIT_S + GRACE_S + 3  # the limit, the grace, and what a busy machine takes
     for rank in others:
         [line] = ranks.said(rank)
         assert f"rank {victim} on " in line
@@ -101,7 +109,7 @@ def test_a_rank_that_is_killed_ends_the_others(victim: int, tmp_path: Path) -> N
     assert f"rank {victim} on " in line
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_error_of_one_rank_is_what_the_others_say(victim: int, tmp_path: Path) -> None:
     def body(rank: int) -> None:
         at("waiting for views", 5)
