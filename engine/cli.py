@@ -1,4 +1,4 @@
-"""The command line: voxtrast prepare | views | pretrain | finetune | table | export | report | recipes | bench | …"""
+"""The command line: voxtrast prepare | views | pretrain | launch | doctor | finetune | …"""
 
 import runpy
 import sys
@@ -80,6 +80,27 @@ def pretrain(context: typer.Context) -> None:
     from .pretrain import main as run
 
     raise typer.Exit(run(context.args))
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
+def launch(context: typer.Context) -> None:
+    """Pretrain on several GPUs or machines: [--hostfile H] RECIPE data=STORE output=RUN ... (--help says more)."""
+    from .launch import main as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command()
+def doctor(
+    hostfile: Annotated[Path | None, typer.Option(help="Try ssh and collectives between its hosts.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Measure reading from this store.")] = None,
+    json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out what compiles or trains.")] = False,
+) -> None:
+    """Check this installation: versions, devices, kernels, data plane, network, and training on two ranks."""
+    from .doctor import examine, print_report
+
+    raise typer.Exit(print_report(examine(hostfile, store, quick=quick), as_json=json_lines))
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})

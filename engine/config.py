@@ -29,6 +29,7 @@ class TrainConfig:
     ema_decay: float = 0.0  # 0 switches the moving average off; with it, the average is what is exported
     threads: int = 0  # torch threads per process; 0 leaves them as they are
     max_minutes: float = 0.0  # after which the run saves and ends with exit code 75, "to be continued"; 0 for no limit
+    timeout_minutes: float = 30.0  # for all ranks to come, for a slow first step, and until a silent rank is lost
 
 
 @dataclass
@@ -129,6 +130,7 @@ CHANGEABLE = (
     "train.threads",
     "train.accumulation",
     "train.max_minutes",
+    "train.timeout_minutes",
     "validation.every",
     "validation.batches",
     "backbone.checkpoint_levels",
@@ -158,6 +160,7 @@ POSITIVE = (
     "train.steps",
     "train.global_batch",
     "train.accumulation",
+    "train.timeout_minutes",
     "optimizer.learning_rate",
     "adversary_optimizer.learning_rate",
     "loader.threads",
@@ -222,6 +225,11 @@ def write_config(config: Config, path: Path) -> None:
     text = OmegaConf.to_yaml(OmegaConf.structured(config))
     if not path.exists() or path.read_text() != text:
         write_whole(path, lambda partial: partial.write_text(text))
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """All settings by dotted key, as plain values that JSON can hold."""
+    return _flatten(OmegaConf.structured(config))
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -2,6 +2,7 @@
 
 voxtrast pretrain RECIPE data=STORE output=RUN key=value ...
 deepspeed --module voxtrast.engine.pretrain RECIPE data=STORE output=RUN key=value ...
+srun python -m voxtrast.engine.pretrain RECIPE data=STORE output=RUN key=value ...
 torchrun -m voxtrast.engine.pretrain RECIPE data=STORE output=RUN key=value ...
 """
 
@@ -10,12 +11,14 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from ..methods import Method
+from .agreement import check_facts, check_output, check_store, facts_of
 from .checkpoint import finished_checkpoints
 from .checks import check_method
 from .combinations import check_combinations
@@ -24,10 +27,12 @@ from .data.store import INDEX, Store, file_sha256
 from .deepspeed import deepspeed_json, wrap, wrap_adversary
 from .errors import UserError
 from .guards import StalledError
-from .ranks import start_processes, stop_processes
+from .meeting import decline
+from .ranks import Ranks, start_processes, stop_processes
 from .runs import build_method, describe, open_cases
 from .signals import Clock, Interrupted
 from .trainer import Trainer
+from .watchdog import LOST_RANK, LostRank, Watchdog, at
 
 REPORTED = 20  # volumes that are left out, line by line
 
@@ -35,8 +40,8 @@ REPORTED = 20  # volumes that are left out, line by line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs pretraining; returns the exit code.
 
-    0: done; 2: a mistake of the user, or what a guard found; 75: out of time (`train.max_minutes`), to be continued;
-    128 + signal: stopped.
+    0: done; 2: a mistake of the user, or what a guard found; 69: another rank is lost; 75: out of time
+    (`train.max_minutes`), to be continued; 128 + signal: stopped.
     """
     parser = argparse.ArgumentParser(prog="voxtrast pretrain", description="Pretrain a network on a store of volumes.")
     parser.add_argument("recipe", help="name of a recipe, or the path of a YAML file")
@@ -56,7 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         # Every rank speaks: a file may be out of reach of one machine alone.
         print(f"error{_on_rank()}: {error}", file=sys.stderr)
+        if not dist.is_initialized():
+            decline(str(error))
         return 2
+    except LostRank as error:
+        print(f"error{_on_rank()}: {error}", file=sys.stderr)
+        return LOST_RANK
     except Interrupted as error:
         print(f"{error}{_on_rank()}", file=sys.stderr)
         return error.exit_code
@@ -77,11 +87,32 @@ def pretrain(config: Config) -> None:
     method = build_method(config)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    ranks = start_processes(config.device)
+    minutes = config.train.timeout_minutes
+    ranks = start_processes(
+        config.device,
+        minutes,
+        facts=lambda size, device: facts_of(config, size, device),
+        check=lambda meeting, rank: check_facts(meeting, config, rank),
+    )
+    with _watched(ranks, minutes * 60):
+        _run(config, method, ranks, clock)
+
+
+def _watched(ranks: Ranks, timeout_s: float) -> AbstractContextManager[object]:
+    if ranks.meeting is None:
+        return nullcontext()
+    met = ranks.meeting
+    return Watchdog(met.second, met.store, ranks.rank, met.hosts, timeout_s, together=(Interrupted,))
+
+
+def _run(config: Config, method: Method, ranks: Ranks, clock: Clock) -> None:
     check_combinations(config, device=ranks.device.type, ranks=ranks.size)
     deepspeed_json(config, ranks.size)
+    at("opening the store")
     store, cases, aside, excluded = open_cases(config)
     config.data_sha256 = file_sha256(store.path / INDEX)
+    check_store(ranks, config.data_sha256)
+    at("verifying the store")
     damaged = ranks.on_first(lambda: _damaged(config, store))
     if aside and all(case.id in damaged for case in aside):
         if ranks.first:
@@ -91,6 +122,7 @@ def pretrain(config: Config) -> None:
         method.group = dist.group.WORLD
     check_method(method, config, ranks, cases)
     ranks.on_first(lambda: _prepare_output(config))
+    check_output(ranks, Path(config.output))
     if ranks.first:
         _report([reason for _, reason in excluded])
         print(
@@ -101,6 +133,7 @@ def pretrain(config: Config) -> None:
         _note_warm_up(config, method)
         if advice := method.advice([case.shape for case in cases]):
             print(f"note: {advice}", file=sys.stderr)
+    at("building the engine")
     learner, critic = wrap(method, config, ranks), wrap_adversary(method, config, ranks)
     about = describe(config, cases)
     Trainer(learner, critic, method, config, ranks, store, cases, aside, damaged, about, clock).train()

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .errors import UserError
+from .meeting import Meeting, meet, minutes, place
+from .slurm import from_slurm
 
 Result = TypeVar("Result")
 
@@ -23,6 +26,12 @@ class Ranks:
     size: int
     local_rank: int
     device: torch.device
+    meeting: Meeting | None = None  # of more than one rank
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The host of every rank."""
+        return self.meeting.hosts if self.meeting else ("localhost",) * self.size
 
     @property
     def first(self) -> bool:
@@ -84,13 +93,21 @@ class Ranks:
             )
 
 
-def start_processes(device: str) -> Ranks:
+def start_processes(
+    device: str,
+    timeout_minutes: float = 30.0,
+    facts: Callable[[int, str], dict[str, str]] | None = None,
+    check: Callable[[Meeting, int], None] | None = None,
+) -> Ranks:
     """Joins the processes that a launcher started, or starts as the only one.
 
     Args:
         device: auto, cpu or cuda.
+        timeout_minutes: for all ranks to come, and of every collective.
+        facts: what a rank says of itself to the others, from the number of ranks and the kind of its device.
+        check: is given the facts of all ranks, and this rank, before they communicate; raises UserError.
 
-    Raises: UserError where cuda was asked for and there is none.
+    Raises: UserError where cuda was asked for and there is none, and where the ranks do not come together.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -99,20 +116,58 @@ def start_processes(device: str) -> Ranks:
     on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    deepspeed = import_deepspeed()
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    slurm = from_slurm(os.environ)
+    os.environ.update(slurm)
+    if slurm and on_gpu and torch.cuda.device_count() == 1:
+        os.environ["LOCAL_RANK"] = "0"  # srun shows each task its own GPU
+    here = place(os.environ)
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed looks for it there
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"LOCAL_RANK={local_rank}: torch sees {torch.cuda.device_count()} GPU(s) here; start one rank for each"
+        )
+    deepspeed = import_deepspeed()
     if not on_gpu:
         # DeepSpeed would compile its shared-memory collectives for 40 s at first use; gloo serves as it is.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if size == 1 and not dist.is_initialized():
-        # No port to agree on, so any number of single-process runs fit on one machine.
-        dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
     chosen = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(chosen)
-    return Ranks(rank, size, local_rank, chosen)
+    meeting = None
+    if not dist.is_initialized():
+        backend, timeout = "nccl" if on_gpu else "gloo", timedelta(minutes=timeout_minutes)
+        _take_as_default(timeout)
+        if here.size == 1:
+            # No port to agree on, so any number of single-process runs fit on one machine.
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            meeting = meet(here, facts(here.size, chosen.type) if facts else {}, timeout.total_seconds())
+            if check:
+                check(meeting, here.rank)
+            _join(backend, meeting, here.rank, timeout)
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    return Ranks(here.rank, here.size, local_rank, chosen, meeting)
+
+
+def _take_as_default(timeout: timedelta) -> None:
+    """DeepSpeed makes groups of its own, without saying a timeout: torch takes these then."""
+    torch.distributed.distributed_c10d.default_pg_timeout = timeout
+    torch.distributed.distributed_c10d.default_pg_nccl_timeout = timeout
+
+
+def _join(backend: str, meeting: Meeting, rank: int, timeout: timedelta) -> None:
+    store = dist.PrefixStore("group", meeting.store)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=len(meeting.hosts), timeout=timeout)
+        dist.barrier()
+    except (RuntimeError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(
+            f"{backend}: the ranks on {', '.join(sorted(set(meeting.hosts)))} met, but cannot reach each other within "
+            f"{minutes(timeout.total_seconds())} ({first_line}); set "
+            f"{'GLOO_SOCKET_IFNAME' if backend == 'gloo' else 'NCCL_SOCKET_IFNAME'} to the network interface that "
+            f"joins them, and open its ports"
+        ) from None
 
 
 def stop_processes() -> None:

@@ -31,6 +31,7 @@ from .runs import build_method
 from .saving import Saver, origin_of
 from .signals import TO_BE_CONTINUED, Clock, Interrupted, StopSignal
 from .stepper import Stepper
+from .watchdog import at
 
 
 class Trainer:
@@ -105,8 +106,10 @@ class Trainer:
         self, feed: Feed, step: int, moment: Moment, global_batch: int, validation: list[Batch], monitor: Monitor
     ) -> None:
         began = time.perf_counter()
+        at("waiting for views", step + 1)
         batches = self._next(feed, step, moment)
         waited = time.perf_counter() - began
+        at("training")
         numbers, verdict = self.step(batches, step, moment)
         words = self._words(step, numbers, moment, verdict, batches)
         seconds = time.perf_counter() - began
@@ -129,6 +132,7 @@ class Trainer:
         last, every = done == self.config.train.steps, self.config.validation.every
         held_aside = None
         if validation and ((every and done % every == 0) or last):
+            at("validating")
             numbers = self.stepper.look(validation, done - 1)
             monitor.validation(done, numbers)
             held_aside = numbers["loss"]
@@ -284,6 +288,7 @@ class Trainer:
 
     def _save(self, step: int, moment: Moment, held_aside: float | None = None) -> None:
         """Begins a save of what the steps of `moment` so far have made. Collective."""
+        at("saving a checkpoint", step)
         began = time.perf_counter()
         optimizers = [each.optimizer_state() for each in self.learners()]
 
