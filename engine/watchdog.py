@@ -250,7 +250,8 @@ def _where(said: dict[str, Any]) -> str:
 
 def _one_line(error: BaseException) -> str:
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    first = text.splitlines()[0] if text else type(error).__name__
+    return first.split(". This is typically")[0]  # gloo's advice; ours follows
 
 
 def _of_collectives(error: BaseException) -> bool:

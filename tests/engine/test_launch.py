@@ -83,6 +83,7 @@ def test_the_exit_code_is_the_launchers(code: int) -> None:
     assert launch._run([sys.executable, "-c", f"raise SystemExit({code})"], dict(os.environ)) == code
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_the_launcher_once(tmp_path: Path) -> None:
     counting = tmp_path / "counting.py"
     counting.write_text(

@@ -91,7 +91,7 @@ def test_a_rank_that_stands_still_ends_the_others_within_the_limit(victim: int, 
             assert "step 7, saving a checkpoint" in line
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_is_killed_ends_the_others(victim: int, tmp_path: Path) -> None:
     def body(rank: int) -> None:
         at("training", 4)
@@ -130,6 +130,7 @@ def test_an_error_of_one_rank_is_what_the_others_say(victim: int, tmp_path: Path
         assert (f"rank {victim} on " in line and "step 5, waiting for views" in line) == (rank != victim)
 
 
+@pytest.mark.slow
 def test_an_error_that_all_ranks_raise_together_is_each_ones_own(tmp_path: Path) -> None:
     def body(rank: int) -> None:
         time.sleep(0.3)
