@@ -210,6 +210,15 @@ def test_a_run_goes_on_with_levels_that_run_again_bit_for_bit_and_its_weights_do
     assert not {"checkpoint_levels", "channels_last", "compile"} & set(again["backbone"])
 
 
+@pytest.mark.slow  # compiles
+def test_a_compiled_run_learns_what_a_plain_one_does(run: Run) -> None:
+    words = ("train.steps=3", "validation.every=0", "optimizer.name=sgd", "train.ema_decay=0.5")
+    plain = [line["loss"] for line in lines_of(run("plain", *words))]
+    compiled = run("compiled", *words, "backbone.compile=true")
+    assert [line["loss"] for line in lines_of(compiled)] == pytest.approx(plain, rel=1e-5)
+    assert list(state_of(compiled, 3).model) == list(state_of(run("plain", *words), 3).model)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1])
 def test_two_ranks_share_their_scale_and_drop_the_same_steps_as_one_process(
