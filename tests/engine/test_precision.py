@@ -2,6 +2,8 @@
 
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from run_results import assert_same_bits, lines_of, state_of, tensors_of
-from stand_in import STAGES, Run
+from stand_in import STAGES, Run, recipe
 from torch import Tensor, nn
 
 from voxtrast.engine import gradients, loss_scale
@@ -20,6 +22,7 @@ from voxtrast.engine.loss_scale import LossScale
 from voxtrast.engine.precision import autocast
 from voxtrast.engine.ranks import import_deepspeed, start_processes, stop_processes
 from voxtrast.engine.runs import build_method, open_cases
+from voxtrast.engine.weights import load_weights
 from voxtrast.methods import recipe_names
 
 FLOAT16 = "train.autocast=float16"
@@ -190,6 +193,51 @@ def test_float16_is_nearer_to_float32_than_bfloat16_is(run: Run) -> None:
         for name in ("none", "float16", "bfloat16")
     }
     assert 0 < abs(losses["float16"] - losses["none"]) < abs(losses["bfloat16"] - losses["none"])
+
+
+def test_a_run_goes_on_with_levels_that_run_again_bit_for_bit_and_its_weights_do_not_say_so(run: Run) -> None:
+    words = ("train.steps=4", "validation.every=0")
+    whole = run("whole", *words)
+    lines, wanted, said = lines_of(whole), state_of(whole, 4), load_weights(whole / "weights.safetensors")[1]
+    for file in (whole / "checkpoints").glob("step-00000004*"):
+        file.unlink()
+    run("whole", *words, "backbone.checkpoint_levels=2")
+    assert lines_of(whole) == lines
+    assert_same_bits(state_of(whole, 4), wanted)
+    again = load_weights(whole / "weights.safetensors")[1]
+    assert again["backbone"] == said["backbone"]
+    assert not {"checkpoint_levels", "channels_last", "compile"} & set(again["backbone"])
+
+
+@pytest.mark.slow  # compiles
+def test_a_compiled_run_learns_what_a_plain_one_does(run: Run) -> None:
+    words = ("train.steps=3", "validation.every=0", "optimizer.name=sgd", "train.ema_decay=0.5")
+    plain = [line["loss"] for line in lines_of(run("plain", *words))]
+    compiled = run("compiled", *words, "backbone.compile=true")
+    assert [line["loss"] for line in lines_of(compiled)] == pytest.approx(plain, rel=1e-5)
+    assert list(state_of(compiled, 3).model) == list(state_of(run("plain", *words), 3).model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1])
+def test_two_ranks_share_their_scale_and_drop_the_same_steps_as_one_process(
+    stage: int, run: Run, tiny_store: Path, tmp_path: Path
+) -> None:
+    words = [FLOAT16, f"deepspeed.zero_stage={stage}", "optimizer.name=sgd", "train.ema_decay=0.5"]
+    one = run("one", *words, stages=STAGES)
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
+    launcher += ["--master_port", str(31500 + os.getpid() % 1000), str(Path(__file__).with_name("stand_in.py"))]
+    two = tmp_path / "two"
+    command = [*launcher, str(recipe(tmp_path, STAGES)), f"data={tiny_store}", f"output={two}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    alone, together = lines_of(one), lines_of(two)
+    for key in ("loss_scale", "dropped"):
+        assert [line.get(key) for line in together] == [line.get(key) for line in alone]
+    # Each sample is rounded alike wherever it is, sums over a batch of other parts are not.
+    assert together[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-4)
+    assert [line["loss"] for line in together] == pytest.approx([line["loss"] for line in alone], rel=5e-3)
+    assert state_of(two).scaler == state_of(one).scaler
 
 
 @pytest.mark.slow  # convolutions in float16 are slow on a CPU
