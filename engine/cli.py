@@ -113,7 +113,7 @@ def views(context: typer.Context) -> None:
 
 @app.command()
 def finetune(
-    weights: Annotated[Path, typer.Argument(help="RUN/weights.safetensors, or the folder RUN.")],
+    weights: Annotated[Path, typer.Argument(help="The folder RUN, or one of its weights files.")],
     store: Annotated[Path, typer.Argument(help="A store with labels.")],
     labels: Annotated[int, typer.Option(help="Number of labelled cases to learn from.")],
     seed: Annotated[int, typer.Option(help="Chooses the cases and everything random.")] = 0,
@@ -152,7 +152,7 @@ def table(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, or its weights.safetensors.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its weights files.")],
     file: Annotated[Path, typer.Argument(help="The file to write.")],
     to: Annotated[str, typer.Option(help="nnunet or safetensors.")],
 ) -> None:
