@@ -46,6 +46,16 @@ TABLE = (
         for group in ("optimizer", "adversary_optimizer")
     ),
     Combination(
+        "deepspeed.offload_optimizer", ("cpu",), "deepspeed.zero_stage", (0,),
+        "the moments that are offloaded are those of ZeRO's flat partitions",
+        "set deepspeed.zero_stage to 1, 2 or 3, also on one rank, or deepspeed.offload_optimizer=none",
+    ),
+    Combination(
+        "method.adversary", ("wgan_gp",), "deepspeed.zero_stage", (2, 3),
+        "its penalty needs gradients of gradients, which ZeRO above 1 gives back in parts",
+        "set deepspeed.zero_stage to 0 or 1, or another method.adversary",
+    ),
+    Combination(
         "method.adversary", ("wgan_gp",), "train.autocast", ("float16",),
         "the gradients inside the gradient penalty are not scaled, and vanish",
         "set train.autocast=bfloat16, or another method.adversary",

@@ -395,16 +395,6 @@ def _check(merged: Any) -> None:
             raise UserError(f"{group}.betas: expected two numbers from 0 up to less than 1, got {betas}")
     _check_stages(merged)
     check_combinations(merged)
-    if merged.deepspeed.zero_stage > 1 and OmegaConf.select(merged, "method.adversary") == "wgan_gp":
-        raise UserError(
-            f"method.adversary: the gradient penalty of wgan_gp needs gradients of gradients, which ZeRO above 1 gives "
-            f"back in parts; set deepspeed.zero_stage to 0 or 1, got {merged.deepspeed.zero_stage}"
-        )
-    if merged.deepspeed.offload_optimizer != "none" and merged.deepspeed.zero_stage == 0:
-        raise UserError(
-            f"deepspeed.offload_optimizer: {merged.deepspeed.offload_optimizer} needs the moments in ZeRO's flat "
-            f"partitions; set deepspeed.zero_stage to 1, 2 or 3, also on one rank, or deepspeed.offload_optimizer=none"
-        )
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

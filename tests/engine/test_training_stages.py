@@ -236,7 +236,9 @@ def test_a_volume_lost_at_a_boundary_costs_no_step(run: Run, tmp_path: Path, mon
 
 def test_the_gradient_penalty_is_refused_under_more_than_zero_1(stand_in: None, tmp_path: Path) -> None:
     words = ["method.adversary=wgan_gp", "deepspeed.zero_stage=2"]
-    with pytest.raises(UserError, match=r"method\.adversary: .* of wgan_gp needs .* deepspeed\.zero_stage to 0 or 1"):
+    with pytest.raises(
+        UserError, match=r"method\.adversary=wgan_gp with .* penalty needs .* deepspeed\.zero_stage to 0 or 1"
+    ):
         load_config(str(recipe(tmp_path)), words)
 
 
