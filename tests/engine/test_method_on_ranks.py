@@ -15,6 +15,7 @@ from torch import nn
 from voxtrast.engine.checks import check_method
 from voxtrast.engine.config import load_config, read_config
 from voxtrast.engine.data.store import Case, Store
+from voxtrast.engine.deepspeed import synchronise_batch_norm
 from voxtrast.engine.errors import UserError
 from voxtrast.engine.ranks import Ranks
 from voxtrast.engine.runs import build_method
@@ -88,7 +89,7 @@ def test_batch_norm_over_ranks_keeps_names_and_tensors(stand_in: None, tmp_path:
     method = build_method(config)
     assert isinstance(method, StandIn)
     before, trained = method.state_dict(), {id(p) for group in method.parameter_groups(0) for p in group["params"]}
-    nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    synchronise_batch_norm(method)
     kinds = {type(module) for module in method.modules()}
     assert nn.SyncBatchNorm in kinds
     assert not kinds & {nn.BatchNorm1d, nn.BatchNorm3d}
