@@ -91,7 +91,7 @@ def measure(config: Config, steps: int, synthetic: bool, bare: bool) -> dict[str
     trainer, clock = engine_of(config, method, place)
     moment = method.schedule.moments[-1]
     batch_size = method.schedule.batch(moment.first, config.train.global_batch)
-    for each in trainer.learners():
+    for each in trainer.learners:
         each.set_micro_batch(batch_size // (trainer.ranks.size * config.train.accumulation))
     taken: list[dict[str, float]] = []
     with (

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,7 +48,13 @@ class State:
 
 
 def save_checkpoint(
-    folder: Path, state: State, keep: int, *, keep_best: bool = False, held_aside: float | None = None
+    folder: Path,
+    state: State,
+    keep: int,
+    *,
+    keep_best: bool = False,
+    held_aside: float | None = None,
+    when_best: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes one checkpoint so that a kill at any moment leaves the one before it whole; then drops the oldest.
 
@@ -59,6 +65,7 @@ def save_checkpoint(
         keep: how many of the newest stay.
         keep_best: whether the best of this stage stays besides, see `best_step`.
         held_aside: the loss of the cases held aside, where it was measured after this step.
+        when_best: called before a checkpoint that is the best one counts.
 
     Raises: UserError where it cannot be written.
     """
@@ -71,12 +78,13 @@ def save_checkpoint(
     number, best = stage_of(state), None
     measured = held_aside if held_aside is not None and math.isfinite(held_aside) else None
     if keep_best:
-        best = best_step(folder, number, state.step - 1)
+        best = best_step(folder, number, state.step - 1, state.schedule.get("held_aside_batches"))
         if measured is not None and (best is None or measured <= _description(folder, best)["held_aside"]):
             best = state.step
+            when_best()
     size, sha256 = sums[0]
     about = {"format": FORMAT, "step": state.step, "bytes": size, "sha256": sha256, "method": state.method,
-             "stage": number, "held_aside": measured, "best": best,
+             "stage": number, "views": state.schedule.get("held_aside_batches"), "held_aside": measured, "best": best,
              "versions": state.versions}  # fmt: skip
     write_whole(path.with_suffix(".json"), lambda partial: partial.write_text(json.dumps(about)))
     sync_folder(folder)
@@ -94,12 +102,19 @@ def stage_of(state: State) -> int:
     return int(state.schedule.get("stage", 0))
 
 
-def best_step(folder: Path, stage: int, until: int) -> int | None:
-    """The step of the checkpoint, up to `until`, with the lowest loss of the cases held aside in this stage."""
+def best_step(folder: Path, stage: int, until: int, views: int | None) -> int | None:
+    """The step of the checkpoint, up to `until`, with the lowest loss of the cases held aside in this stage.
+
+    `views`: `validation.batches`; losses of other views cannot be compared.
+    """
     found = []
     for step, _ in finished_checkpoints(folder):
         about = _description(folder, step)
-        if step <= until and about.get("held_aside") is not None and about.get("stage") == stage:
+        if (
+            step <= until
+            and about.get("held_aside") is not None
+            and (about.get("stage"), about.get("views")) == (stage, views)
+        ):
             found.append((about["held_aside"], -step))
     return -min(found)[1] if found else None
 

@@ -39,6 +39,14 @@ TABLE = (
     ),
     *(
         Combination(
+            f"{group}.name", ("apex_fused_adam",), "deepspeed.zero_stage", PARTITIONED,
+            "it counts its steps where ZeRO's checkpoints do not look",
+            f"set deepspeed.zero_stage=0, or {group}.name=adam",
+        )
+        for group in ("optimizer", "adversary_optimizer")
+    ),
+    *(
+        Combination(
             f"{group}.name", ON_GPUS, "device", ("cpu",),
             "its step is a CUDA kernel",
             f"use {group}.name={{instead}}, or a machine with a GPU",

@@ -101,6 +101,8 @@ def deepspeed_json(config: Config, ranks: int) -> dict[str, Any]:
             "lower_precision_safe_modules": [],
         },
         "steps_per_print": 10**9,  # the engine logs for itself
+        # It would wait for the GPU before every forward and in every step, and for what DALI prepares there.
+        "timers": {"throughput": {"enabled": False}},
     }
     for source, extra in (
         (f"--deepspeed_config {config.deepspeed.config_file}", _read_json(config.deepspeed.config_file)),

@@ -4,7 +4,6 @@ To be called between the last backward of a step and the step itself, when they 
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,9 +33,9 @@ def are_finite(engine: Any) -> Tensor:
     found = [each for each in _held(engine) if each.numel() > 0]
     if not found:
         return torch.ones((), device=engine.device)
-    # The largest: a sum of squares could overflow where no gradient does.
-    largest = torch.stack([norm.float() for norm in torch._foreach_norm(found, math.inf)])
-    return largest.isfinite().all().float().to(engine.device)
+    # Gradients whose squares overflow are none to step by: nobody could clip them. Other norms take ten times as long.
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(found)])
+    return norms.isfinite().all().float().to(engine.device)
 
 
 def _held(engine: Any) -> list[Tensor]:
@@ -47,6 +46,7 @@ def _held(engine: Any) -> list[Tensor]:
     if engine.zero_optimization_stage() == 3:
         return [zero.grad_partitions_flat_buffer]
     if zero.cpu_offload:
+        zero._wait_for_offload_copies()  # into pinned memory, under way since the backward
         return [flat.grad for flat in zero.single_partition_of_fp32_groups if flat.grad is not None]
     return [each for group in zero.averaged_gradients.values() for each in group or () if each is not None]
 
@@ -54,15 +54,17 @@ def _held(engine: Any) -> list[Tensor]:
 def drop(engine: Any) -> None:
     """Ends the step without taking it: gradients are forgotten; parameters and moments stay as they are."""
     zero = zero_of(engine)
-    if zero is None:
-        # Without gradients the optimizer does nothing; clipping would ask for their norm.
-        engine.zero_grad()
-        refusing = _replaced(engine, clip_fp32_gradients=lambda: None)
-    elif engine.zero_optimization_stage() == 3:
-        refusing = _replaced(zero, _get_norm_groups=lambda: [torch.tensor(-1.0, device=zero.device)])
-    else:
-        refusing = _replaced(zero, check_grad_overflow=True, has_overflow=lambda *_, **__: True)
-    with refusing:  # ZeRO takes its own way out for gradients that are not finite
+    with contextlib.ExitStack() as refusing:
+        if zero is None:
+            engine.zero_grad()
+            # Clipping would ask for a norm, and some optimizers count a step without gradients, too.
+            refusing.enter_context(_replaced(engine, clip_fp32_gradients=lambda: None))
+            refusing.enter_context(_replaced(engine.optimizer, step=lambda *_, **__: None))
+        # ZeRO takes its own way out for gradients that are not finite.
+        elif engine.zero_optimization_stage() == 3:
+            refusing.enter_context(_replaced(zero, _get_norm_groups=lambda: [torch.tensor(-1.0, device=zero.device)]))
+        else:
+            refusing.enter_context(_replaced(zero, check_grad_overflow=True, has_overflow=lambda *_, **__: True))
         engine.step()
 
 

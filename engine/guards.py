@@ -210,6 +210,9 @@ class Feed:
         self._asked.put(True)
         try:
             batches, error = self._found.get(timeout=self.seconds)
+        except KeyboardInterrupt:
+            self.views.abandoned = True  # perhaps because they hang
+            raise
         except queue.Empty:
             self.views.abandoned = True
             raise StalledError(

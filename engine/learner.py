@@ -126,7 +126,12 @@ class Learner:
             self.module.load_state_dict(state)
 
     def forget_moments(self) -> None:
-        (self.engine.optimizer if self._pieces is None else self._pieces).state.clear()
+        if self._pieces is not None:
+            self._pieces.state.clear()
+            return
+        self.engine.optimizer.state.clear()
+        for group in self.engine.optimizer.param_groups:
+            group.pop("step", None)  # of optimizers that count for a whole group
 
     def optimizer_state(self) -> OptimizerState:
         """Whole tensors on the CPU, the same for every ZeRO stage. Collective."""

@@ -53,8 +53,7 @@ class Monitor:
             return
         if not self.run.is_dir():
             raise vanished(self.run)
-        # JSON has no word for what is not finite.
-        self.log.write({"step": step, **words, **{key: v if math.isfinite(v) else None for key, v in values.items()}})
+        self.log.write({"step": step, **words, **values})
         if "warning" in words:
             self.say(f"warning: step {step}: {words['warning']}")
         self._draw(step, values)
@@ -125,7 +124,9 @@ class _LineFile:
 
     def write(self, values: dict[str, Any]) -> None:
         try:
-            self.file.write(json.dumps(values) + "\n")
+            # JSON has no word for what is not finite.
+            known = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+            self.file.write(json.dumps(known) + "\n")
             self.file.flush()
         except OSError as error:
             raise _not_written(self.path, error) from None

@@ -103,7 +103,8 @@ class Pieces:
         """Moments of zeros where there were none or others."""
         for flat in self.flats:
             state: dict[str, Tensor] = {key: torch.zeros_like(flat.detach()) for key in cut}
-            self.state[flat] = state | {key: value.clone() for key, value in numbers.items()}
+            # Counts of steps, too: fused optimizers read them where the moments are.
+            self.state[flat] = state | {key: value.to(flat.device, copy=True) for key, value in numbers.items()}
 
     def forget_gradients(self) -> None:
         """Those of a parameter that the next step does not reach would be taken for its own (ZeRO 3, offload)."""

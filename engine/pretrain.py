@@ -71,8 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{error}{_on_rank()}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped by SIGINT before the first step; nothing is lost", file=sys.stderr)
-        return 128 + signal.SIGINT
+        print(
+            "stopped by SIGINT at once; the same command continues from the last checkpoint, where there is one",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(128 + signal.SIGINT)  # the interpreter would wait for threads that may hang
     finally:
         stop_processes()
     return 0

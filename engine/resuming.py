@@ -52,7 +52,7 @@ def restore(state: State, learner: Learner, critic: Learner | None, method: Meth
     _refuse_another(state, critic, method, config)
     learner.load_module(state.model)
     learner.load_optimizer_state(state.optimizer)
-    if critic is not None:
+    if critic is not None and state.adversary:
         critic.load_module(state.adversary)
         critic.load_optimizer_state(state.adversary_optimizer)
 

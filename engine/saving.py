@@ -72,19 +72,19 @@ class Saver:
         if error is not None:
             raise error
 
-    def write_weights(self, step: int, stage: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """The weights files of the newest checkpoint, which may be the best one, too."""
-        save_weights(self.run / RUN_WEIGHTS, tensors, about)
-        if self.config.keep_best and checkpoint.best_step(self.folder, stage, step) == step:
-            save_weights(self.run / BEST_WEIGHTS, tensors, about)
-
     def _run(
         self, state: State, tensors: Mapping[str, Tensor], about: Mapping[str, Any], held_aside: float | None
     ) -> None:
         try:
-            keep, keep_best = self.config.keep, self.config.keep_best
-            checkpoint.save_checkpoint(self.folder, state, keep, keep_best=keep_best, held_aside=held_aside)
-            self.write_weights(state.step, checkpoint.stage_of(state), tensors, about)
+            checkpoint.save_checkpoint(
+                self.folder,
+                state,
+                self.config.keep,
+                keep_best=self.config.keep_best,
+                held_aside=held_aside,
+                when_best=lambda: save_weights(self.run / BEST_WEIGHTS, tensors, about),
+            )
+            save_weights(self.run / RUN_WEIGHTS, tensors, about)
         except BaseException as error:  # for the thread that trains
             self._error = error
 
@@ -120,7 +120,8 @@ def origin_of(config: Config, moment: Moment, rate: float) -> dict[str, Any]:
         moment: of the last step taken.
         rate: learning rate of that step.
     """
-    place = {"steps": config.train.steps, "stage": moment.index, "stage_name": moment.stage.name,
+    place = {"steps": config.train.steps, "held_aside_batches": config.validation.batches,
+             "stage": moment.index, "stage_name": moment.stage.name,
              "stage_first": moment.first, "stage_last": moment.last, "learning_rate": rate}  # fmt: skip
     return {
         "method": config.method.name,

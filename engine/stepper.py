@@ -3,7 +3,7 @@
 All is agreed on before anything moves: a step that is not finite on one rank is taken on none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -21,6 +21,7 @@ class Stepper:
     """Steps of a method in its engine, and of its adversary in another.
 
     Args:
+        learners: the method's and, where it has an adversary, that one's.
         precision: `train.autocast`.
         signal, clock: what ends a run; what one rank knows of them travels with the numbers of a step.
     """
@@ -28,20 +29,16 @@ class Stepper:
     def __init__(
         self,
         method: Method,
-        learner: Learner,
-        critic: Learner | None,
+        learners: Sequence[Learner],
         ranks: Ranks,
         guards: Guards,
         precision: str,
         signal: StopSignal,
         clock: Clock,
     ) -> None:
-        self.method, self.learner, self.critic, self.ranks, self.guards = method, learner, critic, ranks, guards
+        self.method, self.learners, self.ranks, self.guards = method, learners, ranks, guards
+        self.learner, self.critic = learners[0], learners[1] if len(learners) > 1 else None
         self.precision, self.signal, self.clock = precision, signal, clock
-
-    @property
-    def learners(self) -> list[Learner]:
-        return [self.learner] if self.critic is None else [self.learner, self.critic]
 
     def take(self, batches: list[Batch], step: int) -> tuple[dict[str, float], Verdict]:
         """The step over the micro-batches of this rank: its numbers over the global batch, and what was agreed on."""

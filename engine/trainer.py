@@ -32,6 +32,7 @@ from .saving import Saver, origin_of
 from .signals import TO_BE_CONTINUED, Clock, Interrupted, StopSignal
 from .stepper import Stepper
 from .watchdog import at
+from .weights import RUN_WEIGHTS, save_weights
 
 
 class Trainer:
@@ -59,9 +60,10 @@ class Trainer:
         self.average: dict[str, Tensor] = {}
         self.loaded: list[str] = []  # transferable tensors that a stage took from a weights file
         self.signal = StopSignal()
-        self.guards = Guards(config.guards, self.run, ranks, [each.module for each in self.learners()])
+        self.learners = [learner] if critic is None else [learner, critic]
+        self.guards = Guards(config.guards, self.run, ranks, [each.module for each in self.learners])
         clock = clock or Clock(config.train.max_minutes)
-        self.stepper = Stepper(method, learner, critic, ranks, self.guards, config.train.autocast, self.signal, clock)
+        self.stepper = Stepper(method, self.learners, ranks, self.guards, config.train.autocast, self.signal, clock)
         self.saver = Saver(self.run, config.checkpoint)
         self.saved_at = 0  # step of the last save
         self.held_seconds = 0.0  # by saves, since the last line of the log
@@ -88,7 +90,7 @@ class Trainer:
 
     def _train_stage(self, moment: Moment, start: int, validation: list[Batch], monitor: Monitor) -> None:
         global_batch = self.method.schedule.batch(start, self.config.train.global_batch)
-        for each in self.learners():
+        for each in self.learners:
             each.set_micro_batch(global_batch // (self.ranks.size * self.config.train.accumulation))
         if start == moment.first:
             self._begin(moment, global_batch, monitor)
@@ -150,7 +152,7 @@ class Trainer:
         stage, network = moment.stage, "as it is"
         self.guards.begin_stage()
         if moment.first > 0 and stage.fresh_optimizer:
-            for each in self.learners():
+            for each in self.learners:
                 each.forget_moments()
         if stage.start == "initial":
             network = "initial"
@@ -177,11 +179,8 @@ class Trainer:
         elif self.config.schedule.batch_rule != "none":
             monitor.say(f"learning rate {rate}")
 
-    def learners(self) -> list[Learner]:
-        return [self.learner] if self.critic is None else [self.learner, self.critic]
-
     def _loss_scales(self) -> dict[str, LossScale]:
-        named = zip(("method", "adversary"), self.learners(), strict=False)
+        named = zip(("method", "adversary"), self.learners, strict=False)
         return {name: each.loss_scale for name, each in named if each.loss_scale}
 
     def _rate(self, moment: Moment) -> float:
@@ -290,7 +289,7 @@ class Trainer:
         """Begins a save of what the steps of `moment` so far have made. Collective."""
         at("saving a checkpoint", step)
         began = time.perf_counter()
-        optimizers = [each.optimizer_state() for each in self.learners()]
+        optimizers = [each.optimizer_state() for each in self.learners]
 
         def begin() -> None:
             origin = origin_of(self.config, moment, self.learner.rate)
@@ -303,7 +302,7 @@ class Trainer:
                 self.saver.save(state, self.method.transferable(), self._about(step), held_aside)
 
         with contextlib.ExitStack() as whole:
-            for each in self.learners():
+            for each in self.learners:
                 whole.enter_context(each.whole())
                 self.ranks.check_equal(each.module)
             self.ranks.on_first(begin)
@@ -311,12 +310,11 @@ class Trainer:
         self.held_seconds += time.perf_counter() - began
 
     def _write_weights(self, step: int) -> None:
-        """Those of a run that is done, where they went missing. Collective."""
+        """Those of a run that is done: the file may have gone missing since. Collective."""
 
         def write() -> None:
             with averaged(self.method, self.average):
-                stage = self.method.schedule.at(step - 1).index
-                self.saver.write_weights(step, stage, self.method.transferable(), self._about(step))
+                save_weights(self.run / RUN_WEIGHTS, self.method.transferable(), self._about(step))
 
         with self.learner.whole():
             self.ranks.on_first(write)

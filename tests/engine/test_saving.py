@@ -181,7 +181,8 @@ def test_a_checkpoint_says_what_it_is_of(run: Run) -> None:
     assert set(state.versions) == {"voxtrast", "torch", "deepspeed", "numpy", "nvidia-dali", "python"}
     assert state.versions["nvidia-dali"][0].isdigit()
     assert state.versions["torch"] == torch.__version__
-    assert state.schedule == {"steps": 2, "stage": 0, "stage_name": state.schedule["stage_name"], "stage_first": 0,
+    assert state.schedule == {"held_aside_batches": 1, "steps": 2, "stage": 0, "stage_first": 0,
+                              "stage_name": state.schedule["stage_name"],
                               "stage_last": 2, "learning_rate": 0.5}  # fmt: skip
     about = described(folder / "checkpoints", 2)
     assert (about["format"], about["method"]) == (3, "stand_in")
