@@ -84,7 +84,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(1.5 + 1.1 * len(rows), 4.5), layout="constrained")
     axes = figure.add_subplot()
     names = [
-        f"{row['ranks']} rank{'s' * (row['ranks'] > 1)}\nZeRO {row['zero_stage']}\n{row['precision']}" for row in rows
+        f"{row['ranks']} rank{'s' * (row['ranks'] > 1)}\nZeRO {row['zero_stage']}"
+        + f"\n{row['precision']}" * (len({each["precision"] for each in rows}) > 1)
+        for row in rows
     ]
     bottom = [0.0] * len(rows)
     for part in PARTS:
