@@ -23,6 +23,7 @@ from voxtrast.engine.hosts import check_reachable
 from voxtrast.engine.meeting import place
 from voxtrast.engine.slurm import first_host, from_slurm, of_srun, port_of
 
+SBATCH = Path(__file__).parents[2] / "examples" / "pretrain.sbatch"
 WORDS = ["cover-tiny", "data=store", "output=run", "device=cpu"]
 
 
@@ -250,6 +251,25 @@ def test_other_launchers_and_plain_processes_in_a_job_are_left_alone() -> None:
 )  # fmt: skip
 def test_the_first_of_slurms_hosts(hosts: str, first: str) -> None:
     assert first_host(hosts) == first
+
+
+def test_a_job_requeues_itself_but_not_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name, body in (("srun", "echo $@ >> started; exit $CODE"), ("scontrol", "echo $@ >> requeued")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "8", "STORE": "s", "RUN": "r",
+           "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}  # fmt: skip
+
+    def requeued(code: int) -> bool:
+        (tmp_path / "requeued").unlink(missing_ok=True)
+        done = subprocess.run(["bash", SBATCH], env=job | {"CODE": str(code)}, cwd=tmp_path, capture_output=True)
+        assert done.returncode == code
+        return (tmp_path / "requeued").exists()
+
+    ends = [0, 2, 75, 143, 69, 137, 134, 75, 137, 137, 137, 137, 137]
+    assert [code for code in ends if requeued(code)] == [75, 143, 69, 137, 134, 75, 137, 137, 137, 137]
+    assert "--cpus-per-task=8" in (tmp_path / "started").read_text()
 
 
 def test_a_list_of_hosts_that_is_none_and_ports_of_jobs() -> None:
