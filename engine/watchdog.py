@@ -99,6 +99,7 @@ class Watchdog:
         self.peers = {each: _Peer() for each in range(len(hosts)) if each != rank}
         self.awake = 0.0  # seconds that this process ran: a clock that stands while it is paused, as others may be
         self.answered = 0.0  # when the store last did
+        self.gone: list[int] = []  # found by `explain`; they will not say any more how they ended
         self.explaining, self.watched = False, threading.get_ident()
         self.stopped, self.finding = threading.Event(), threading.Lock()
         self.end: str | None = None  # None while it runs, "" after a good end, else what it ended of
@@ -141,9 +142,10 @@ class Watchdog:
             for rank, said in enumerate(after):
                 if said["end"]:
                     return self._lost(rank, said, f"ended: {said['end']}")
-            for rank, (old, new) in enumerate(zip(before, after, strict=True)):
-                if rank != self.rank and old["beat"] == new["beat"]:
-                    return self._lost(rank, new, "is gone")
+            pairs = enumerate(zip(before, after, strict=True))
+            self.gone = [rank for rank, (old, new) in pairs if rank != self.rank and old["beat"] == new["beat"]]
+            if self.gone:
+                return self._lost(self.gone[0], after[self.gone[0]], "is gone")
             slowest = min(range(len(after)), key=lambda rank: (after[rank]["step"], rank == self.rank))
             return (
                 f"the ranks stopped answering each other ({_one_line(error)}); furthest behind is "
@@ -261,7 +263,7 @@ class Watchdog:
             patience = PATIENCE_S if not self.end else GRACE_S + 2 * self.period
             deadline = time.monotonic() + patience
             while self.rank == 0 and time.monotonic() < deadline:
-                if all(said["end"] is not None for said in self._all()):
+                if all(said["end"] is not None or rank in self.gone for rank, said in enumerate(self._all())):
                     break
                 time.sleep(min(0.2, self.period))
 
