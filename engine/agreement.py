@@ -7,6 +7,7 @@ import platform
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .ranks import Ranks
 # May differ from host to host. The store is compared by the checksum of its index, the output folder by a file in it,
 # the device by its kind.
 PER_HOST = ("data", "output", "device", "loader.threads", "loader.prefetch", "train.threads", "deepspeed.config_file")
+READ_S = 15.0  # for the others to read what differs
 VISIBLE_S = 30.0  # a file written on one machine may show up late on another one of a network file system
 REMEDY = {
     "settings": "start every rank with the same recipe and words",
@@ -68,10 +70,20 @@ def check_facts(meeting: Meeting, config: Config, rank: int) -> None:
         else:
             problems.append(f"{name}: {_who(values, meeting.hosts)}")
     if problems:
-        # The store is rank 0's: it stays until the others have read what they need.
-        if rank == 0:
-            time.sleep(1.0)
+        _let_all_read(store, rank, len(facts))
         raise UserError(f"the ranks differ in {'; '.join(problems)}: {'; '.join(remedies)}")
+
+
+def _let_all_read(store: dist.Store, rank: int, size: int) -> None:
+    """The store is rank 0's: it stays until the others have read what they need, within limits."""
+    with suppress(dist.DistError):
+        store.set(f"read/{rank}", "")
+        deadline = time.monotonic() + READ_S
+        while rank == 0 and time.monotonic() < deadline:
+            if store.check([f"read/{each}" for each in range(size)]):
+                time.sleep(0.5)  # the answers to the last of them
+                return
+            time.sleep(0.1)
 
 
 def check_store(ranks: Ranks, sha256: str) -> None:

@@ -3,7 +3,7 @@
 import re
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,14 +15,13 @@ REACH_S = 10
 LINE = re.compile(r"^(?P<host>[\w.:-]+)\s+slots=(?P<slots>\d+)$")
 
 
-def read_hostfile(path: Path, *, uneven: bool = False) -> dict[str, int]:
+def read_hostfile(path: Path) -> dict[str, int]:
     """Slots (ranks) of every host, in the file's order; rank 0 runs on the first.
 
     Args:
         path: lines `NAME slots=N`; empty lines and what follows # do not count.
-        uneven: whether hosts may have different numbers of slots.
 
-    Raises: UserError naming the line: not of that form, no slots, a host twice, uneven slots.
+    Raises: UserError naming the line: not of that form, no slots, a host twice.
     """
     try:
         lines = path.read_text().splitlines()
@@ -45,13 +44,17 @@ def read_hostfile(path: Path, *, uneven: bool = False) -> dict[str, int]:
         hosts[host] = slots
     if not hosts:
         raise UserError(f"{path}: names no host; give lines NAME slots=N")
-    if len(set(hosts.values())) > 1 and not uneven:
-        listed = ", ".join(f"{host} {slots}" for host, slots in hosts.items())
+    return hosts
+
+
+def check_even(path: Path, chosen: Mapping[str, Sequence[int]]) -> None:
+    """Raises: UserError where the chosen hosts of a hostfile have different numbers of slots."""
+    if len({len(slots) for slots in chosen.values()}) > 1:
+        listed = ", ".join(f"{host} {len(slots)}" for host, slots in chosen.items())
         raise UserError(
-            f"{path}: the hosts have uneven slots ({listed}), so that some GPUs idle or some machines wait; "
+            f"{path}: the chosen hosts have uneven slots ({listed}), so that some GPUs idle or some machines wait; "
             f"make them equal, or say --uneven if that is meant"
         )
-    return hosts
 
 
 def chosen_hosts(hosts: dict[str, int], include: str = "", exclude: str = "") -> dict[str, list[int]]:

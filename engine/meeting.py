@@ -17,8 +17,8 @@ from .errors import UserError
 UNKNOWN_HOST_S = 60.0  # a name that no server knows for so long is wrong, not late
 LOOKS_S = 0.2  # between two looks at who has come
 FAREWELL_S = 1.0  # the store stays for so long after a failure, for the others to read it
-LATE_S = 15.0  # and so long for those that start late
-DECLINE_S = 5.0  # to reach the others
+LATE_S = 60.0  # and so long for those that start late: the first import of a cold machine takes a while
+DECLINE_S = 60.0  # to reach the others, for the same reason
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,18 @@ class Meeting:
 def place(environment: Mapping[str, str]) -> Place:
     """Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
-    Raises: UserError naming the variable that is missing or wrong.
+    Raises: UserError naming the variable that is missing or wrong, and for the processes of a bare mpirun.
     """
     size = _number(environment, "WORLD_SIZE", "1")
     rank = _number(environment, "RANK", "0")
     if not 0 <= rank < max(size, 1):
         raise UserError(f"RANK={rank} of WORLD_SIZE={size}: expected 0 to {size - 1}; start through one launcher")
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if "WORLD_SIZE" not in environment and _number(environment, name, "1") > 1:
+            raise UserError(
+                f"{name}={environment[name]}, but WORLD_SIZE is not set: mpirun alone does not say to torch who a "
+                f"process is; start through voxtrast launch, torchrun or srun"
+            )
     if size <= 1:
         return Place(0, 1, "", 0, False)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
@@ -205,6 +211,13 @@ def _stay(place: Place, store: dist.Store, keys: list[str]) -> None:
         while not store.check(keys) and time.monotonic() < deadline:
             time.sleep(LOOKS_S)
         time.sleep(FAREWELL_S)
+
+
+def free_port() -> int:
+    """A port that nobody uses now, on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def ranges(numbers: list[int]) -> str:

@@ -31,6 +31,7 @@ from .meeting import decline
 from .ranks import Ranks, start_processes, stop_processes
 from .runs import build_method, describe, open_cases
 from .signals import Clock, Interrupted
+from .slurm import from_slurm
 from .trainer import Trainer
 from .watchdog import LOST_RANK, LostRank, Watchdog, at
 
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.deepspeed_config:
         words.append(f"deepspeed.config_file={parsed.deepspeed_config}")
     try:
+        os.environ.update(from_slurm(os.environ))  # an error before the start is said to the other ranks, too
         pretrain(load_config(parsed.recipe, words))
     except StalledError as error:
         print(f"error{_on_rank()}: {error}", file=sys.stderr, flush=True)
@@ -117,7 +119,7 @@ def _run(config: Config, method: Method, ranks: Ranks, clock: Clock) -> None:
     config.data_sha256 = file_sha256(store.path / INDEX)
     check_store(ranks, config.data_sha256)
     at("verifying the store")
-    damaged = ranks.on_first(lambda: _damaged(config, store))
+    damaged = ranks.on_first_at_length("verifying the store", lambda: _damaged(config, store))
     if aside and all(case.id in damaged for case in aside):
         if ranks.first:
             print("no volume that is held aside can be read: no validation", file=sys.stderr)

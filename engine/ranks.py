@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .errors import UserError
-from .meeting import Meeting, meet, minutes, place
-from .slurm import from_slurm
+from .meeting import LOOKS_S, Meeting, meet, minutes, place
+from .slurm import from_slurm, of_srun
 
 Result = TypeVar("Result")
 
@@ -62,6 +63,28 @@ class Ranks:
             dist.broadcast_object_list(result, 0)
         found: Result = result[0]
         return found
+
+    def on_first_at_length(self, what: str, work: Callable[[], Result]) -> Result:
+        """As `on_first`, of work that may take longer than a collective is given: the others wait outside of one.
+
+        Args:
+            what: a name that no other such work of the run has.
+
+        Raises: DistError where the first rank goes away meanwhile.
+        """
+        if self.meeting is None:
+            return self.on_first(work)
+        store = dist.PrefixStore("at length", self.meeting.store)
+
+        def work_and_say() -> Result:
+            try:
+                return work()
+            finally:
+                store.set(what, "done")
+
+        while not self.first and not store.check([what]):
+            time.sleep(LOOKS_S)
+        return self.on_first(work_and_say)
 
     def gather(self, value: Result) -> list[Result]:
         """Every rank's value, in their order. For small things that are rarely said."""
@@ -126,9 +149,8 @@ def start_processes(
     on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    slurm = from_slurm(os.environ)
-    os.environ.update(slurm)
-    if slurm and on_gpu and torch.cuda.device_count() == 1:
+    os.environ.update(from_slurm(os.environ))
+    if on_gpu and torch.cuda.device_count() == 1 and of_srun(os.environ):
         os.environ["LOCAL_RANK"] = "0"  # srun shows each task its own GPU
     here = place(os.environ)
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed looks for it there

@@ -33,6 +33,14 @@ def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in found.items() if name not in environment}
 
 
+def of_srun(environment: Mapping[str, str]) -> bool:
+    """Whether RANK and LOCAL_RANK are those of the task of a job step, as `from_slurm` gives them."""
+    pairs = (("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID"))
+    return "SLURM_STEP_ID" in environment and all(
+        ours in environment and environment[ours] == environment.get(theirs) for ours, theirs in pairs
+    )
+
+
 def port_of(job: str, step: str) -> int:
     """The port that all tasks of one step of one job compute alike."""
     numbers = [int(text) for text in (job, step) if text.isdigit()]

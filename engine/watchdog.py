@@ -26,6 +26,7 @@ LOST_RANK = 69  # exit code: another rank is gone (EX_UNAVAILABLE); the same com
 SILENCE_S = 300.0  # of a thread that does nothing else; or train.timeout_minutes, where that is less
 PERIOD_S = 2.0
 GRACE_S = 3.0  # for this rank to end by itself, with an error of its own
+LEAVING_S = 300.0  # and where that is on its way up already: a save that is under way is waited for
 PATIENCE_S = 30.0  # of rank 0, which holds the store, for the others to end well
 REMEDY = "see what it said on its machine; the same command continues from the last checkpoint"
 
@@ -57,14 +58,14 @@ def at(phase: str, step: int | None = None) -> None:
 
 @dataclass
 class _Peer:
-    """What was last heard of a rank, and when, by this machine's clock."""
+    """What was last heard of a rank, and when, by the clock of its watchdog."""
 
     said: dict[str, Any] = field(default_factory=lambda: {"beat": -1, "step": 0, "phase": "starting", "end": None})
-    heard: float = field(default_factory=time.monotonic)
+    heard: float = 0.0
 
-    def hear(self, said: dict[str, Any]) -> None:
+    def hear(self, said: dict[str, Any], now: float) -> None:
         if said["beat"] != self.said["beat"]:
-            self.heard = time.monotonic()
+            self.heard = now
         self.said = said
 
 
@@ -96,7 +97,10 @@ class Watchdog:
         self.period = min(PERIOD_S, self.limit / 8)
         self.keys = [f"beat/{each}" for each in range(len(hosts))]
         self.peers = {each: _Peer() for each in range(len(hosts)) if each != rank}
-        self.answered = time.monotonic()  # when the store last did
+        self.awake = 0.0  # seconds that this process ran: a clock that stands while it is paused, as others may be
+        self.answered = 0.0  # when the store last did
+        self.gone: list[int] = []  # found by `explain`; they will not say any more how they ended
+        self.explaining, self.watched = False, threading.get_ident()
         self.stopped, self.finding = threading.Event(), threading.Lock()
         self.end: str | None = None  # None while it runs, "" after a good end, else what it ended of
         self.beat = 0
@@ -109,6 +113,7 @@ class Watchdog:
         ]
 
     def __enter__(self) -> "Watchdog":
+        self.watched = threading.get_ident()
         for thread in self.threads:
             thread.start()
         return self
@@ -117,6 +122,7 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         lost = None
+        self.explaining = True
         if error is not None and _of_collectives(error):
             lost = LostRank(self.explain(error))
         with self.finding:  # a thread that has found a lost rank speaks for this process, and ends it
@@ -136,9 +142,10 @@ class Watchdog:
             for rank, said in enumerate(after):
                 if said["end"]:
                     return self._lost(rank, said, f"ended: {said['end']}")
-            for rank, (old, new) in enumerate(zip(before, after, strict=True)):
-                if rank != self.rank and old["beat"] == new["beat"]:
-                    return self._lost(rank, new, "is gone")
+            pairs = enumerate(zip(before, after, strict=True))
+            self.gone = [rank for rank, (old, new) in pairs if rank != self.rank and old["beat"] == new["beat"]]
+            if self.gone:
+                return self._lost(self.gone[0], after[self.gone[0]], "is gone")
             slowest = min(range(len(after)), key=lambda rank: (after[rank]["step"], rank == self.rank))
             return (
                 f"the ranks stopped answering each other ({_one_line(error)}); furthest behind is "
@@ -160,9 +167,11 @@ class Watchdog:
                 self._post()
                 self._look()
             except dist.DistError as error:
+                if self._first_ended_well():
+                    return
                 self._finish(f"{self._name(0)} is gone: its store does not answer ({_one_line(error)}); {REMEDY}")
                 return
-            self.answered = time.monotonic()
+            self.answered = self.awake
             if self.stopped.wait(self.period):
                 return
 
@@ -170,7 +179,7 @@ class Watchdog:
         """Raises nothing of its own: what it finds ends the process."""
         if self.rank != 0:
             verdict, first = self.store.multi_get(["verdict", self.keys[0]])
-            self.peers[0].hear(json.loads(first))
+            self.peers[0].hear(json.loads(first), self.awake)
             if verdict:
                 self._finish(verdict.decode())
             elif self.peers[0].said["end"]:
@@ -180,11 +189,11 @@ class Watchdog:
             self.peers, self.store.multi_get([self.keys[rank] for rank in self.peers]), strict=True
         ):
             peer = self.peers[rank]
-            peer.hear(json.loads(content))
+            peer.hear(json.loads(content), self.awake)
             if peer.said["end"]:
                 self._pronounce(self._lost(rank, peer.said, f"ended: {peer.said['end']}"))
                 return
-            silent = time.monotonic() - peer.heard
+            silent = self.awake - peer.heard
             if peer.said["end"] is None and silent > self.limit:
                 self._pronounce(self._lost(rank, peer.said, f"has been silent for {minutes(silent)}"))
                 return
@@ -194,24 +203,36 @@ class Watchdog:
         self._finish(line)
 
     def _judge_silence(self) -> None:
-        while not self.stopped.wait(min(0.5, self.period)):
-            silent = time.monotonic() - self.answered
+        interval = min(0.5, self.period)
+        while True:
+            began = time.monotonic()
+            if self.stopped.wait(interval):
+                return
+            self.awake += min(time.monotonic() - began, 2 * interval)
+            if self._first_ended_well():
+                return  # its store goes with it
+            silent = self.awake - self.answered
             if silent > self.limit:
                 self._finish(
                     f"no word from {self._name(0)} for {minutes(silent)}: its machine or the network is gone; {REMEDY}"
                 )
                 return
             first = self.peers.get(0)
-            if first and first.said["end"] is None and time.monotonic() - first.heard > self.limit:
-                self._finish(
-                    self._lost(0, first.said, f"has been silent for {minutes(time.monotonic() - first.heard)}")
-                )
+            if first and first.said["end"] is None and self.awake - first.heard > self.limit:
+                self._finish(self._lost(0, first.said, f"has been silent for {minutes(self.awake - first.heard)}"))
                 return
+
+    def _first_ended_well(self) -> bool:
+        return self.rank != 0 and self.peers[0].said["end"] == ""
 
     def _finish(self, line: str) -> None:
         """Ends this process with the line, unless it ends by itself meanwhile: what blocks it cannot be interrupted."""
         if self.stopped.wait(GRACE_S):
             return
+        deadline = time.monotonic() + LEAVING_S
+        while self._unwinds() and time.monotonic() < deadline:
+            if self.stopped.wait(min(0.2, self.period)):
+                return
         with self.finding:
             if self.stopped.is_set():
                 return
@@ -220,6 +241,15 @@ class Watchdog:
             if self.rank == 0:  # it holds the store, from which the others read the same
                 time.sleep(2 * self.period)
             os._exit(LOST_RANK)
+
+    def _unwinds(self) -> bool:
+        """Whether an exception is on its way up to the watchdog, through the ends of `with` and `finally`.
+
+        What explains an error of the collectives asks the store, and may never come back: that does not count.
+        """
+        found: Any = sys._current_exceptions().get(self.watched)
+        error = found[1] if isinstance(found, tuple) else found  # a triple up to Python 3.11
+        return error is not None and not self.explaining
 
     def _leave(self) -> None:
         """Says how this rank ended. Rank 0 stays until the others have, too: the store goes with it."""
@@ -233,7 +263,7 @@ class Watchdog:
             patience = PATIENCE_S if not self.end else GRACE_S + 2 * self.period
             deadline = time.monotonic() + patience
             while self.rank == 0 and time.monotonic() < deadline:
-                if all(said["end"] is not None for said in self._all()):
+                if all(said["end"] is not None or rank in self.gone for rank, said in enumerate(self._all())):
                     break
                 time.sleep(min(0.2, self.period))
 

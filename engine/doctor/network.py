@@ -6,8 +6,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from ..hosts import is_local, read_hostfile, unreachable
-from ..launch import DEFAULT_PORT, one_node
+from ..launch import one_node
+from ..meeting import free_port
 from .finding import BROKEN, GOOD, NOTE, Finding
 
 MODULE = "voxtrast.engine.doctor.sum_over_ranks"
@@ -15,7 +18,7 @@ LONGEST_S = 180
 
 
 def check_hosts(hostfile: Path) -> Iterator[Finding]:
-    hosts = read_hostfile(hostfile, uneven=True)
+    hosts = read_hostfile(hostfile)
     listed = ", ".join(f"{host} {slots}" for host, slots in hosts.items())
     if len(set(hosts.values())) > 1:
         yield Finding("network", "hostfile", NOTE, f"uneven slots: {listed}", "`voxtrast launch` asks for --uneven")
@@ -40,7 +43,7 @@ def check_hosts(hostfile: Path) -> Iterator[Finding]:
 def _sum(hosts: dict[str, int], hostfile: Path, here: bool) -> Finding:
     if here:
         slots = {host: list(range(count)) for host, count in hosts.items()}
-        command = [*one_node(slots, "127.0.0.1", DEFAULT_PORT), MODULE]
+        command = [*one_node(slots, "127.0.0.1", free_port(), torch.cuda.device_count()), MODULE]
     else:
         command = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile.resolve()}",
                    "--force_multi", "--module", MODULE]  # fmt: skip

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from ..checkpoint import State, finished_checkpoints, load_checkpoint
 from ..config import load_config
 from ..data.store import FORMAT, Case, write_array, write_index, write_settings
 from ..launch import one_node
+from ..meeting import free_port
 from ..runs import build_method
 from .finding import BROKEN, GOOD, Finding
 
@@ -43,7 +43,12 @@ def check_two_ranks() -> Iterator[Finding]:
         for ranks in (1, 2):
             run = Path(folder) / f"run{ranks}"
             words = [RECIPE, f"data={store}", f"output={run}", f"device={device}", *SETTINGS]
-            done = _train(ranks, words, device)
+            try:
+                done = _train(ranks, words, device)
+            except subprocess.TimeoutExpired:
+                detail = f"training on {ranks} rank(s) of {device} had no end within {LONGEST_S} s"
+                yield Finding("training", f"{ranks} rank(s)", BROKEN, detail, "see the findings above it first")
+                return
             if done.returncode != 0:
                 lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
                 said = (lines or done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -106,12 +111,14 @@ def _train(ranks: int, words: list[str], device: str) -> subprocess.CompletedPro
     environment = {
         name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
-    environment |= {"OMP_NUM_THREADS": "1"}
+    # TF32 rounds each of the products, which differ in shape from one rank to two.
+    environment |= {"OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
     if device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
     launcher = [sys.executable, "-m"]
     if ranks > 1:
-        launcher = one_node({"localhost": list(range(ranks))}, "127.0.0.1", _free_port())
+        gpus = torch.cuda.device_count() if device == "cuda" else 0
+        launcher = one_node({"localhost": list(range(ranks))}, "127.0.0.1", free_port(), gpus)
     return subprocess.run(
         [*launcher, "voxtrast.engine.pretrain", *words],
         capture_output=True,
@@ -123,9 +130,3 @@ def _train(ranks: int, words: list[str], device: str) -> subprocess.CompletedPro
 
 def _losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

@@ -5,7 +5,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import traceback
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from rank_processes import free_port
 from stand_in import StandIn
 
 from voxtrast.engine.config import load_config
@@ -33,9 +33,7 @@ def run_pool(ranks: int, runs: Sequence[Words], folder: Path, timeout: float = 6
     folder.mkdir(parents=True, exist_ok=True)
     plan = folder / "plan.json"
     plan.write_text(json.dumps([list(run) for run in runs]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes, logs = [], []
     for rank in range(ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ SCRIPT = Path(__file__).with_name("stand_in.py")
 WORDS = ("data=store", "output=run", "train.global_batch=6")
 
 
-def meeting_of(body: Callable[[Meeting, int], None], timeout_s: float = 10) -> Callable[[int], None]:
+def meeting_of(body: Callable[[Meeting, int], None], timeout_s: float = 60) -> Callable[[int], None]:
     """A rank that says its settings, meets the others, and does the body; a mistake of the user ends it with 2."""
 
     def work(rank: int) -> None:
@@ -53,7 +54,7 @@ def run(
 ) -> tuple[list[int | None], list[str]]:
     ranks = RankProcesses(folder, work, size, **variables)
     ranks.start()
-    codes = ranks.ends(25)
+    codes = ranks.ends(60)
     return codes, ["\n".join(ranks.said(rank)) for rank in range(size)]
 
 
@@ -65,7 +66,7 @@ def test_equal_ranks_meet(tmp_path: Path) -> None:
 
 def test_other_settings_are_named_with_their_values_and_ranks(tmp_path: Path) -> None:
     codes, said = run(
-        tmp_path, meeting_of(nothing), 3, WORDS2="optimizer.learning_rate=0.5 train.steps=7", WORDS0="train.steps=7"
+        tmp_path, meeting_of(nothing, 60), 3, WORDS2="optimizer.learning_rate=0.5 train.steps=7", WORDS0="train.steps=7"
     )
     assert codes == [2, 2, 2]
     for line in said:
@@ -90,18 +91,18 @@ def test_other_versions_and_devices_are_named(tmp_path: Path) -> None:
         assert "device: cpu (rank 0 on " in line
 
 
-def test_a_rank_that_never_comes_is_named_by_those_that_did(tmp_path: Path) -> None:
+def test_a_rank_that_never_comes_is_named_by_those_that_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "FAREWELL_S", 3.0)
+
     def work(rank: int) -> None:
         if rank != 1:
-            meeting_of(nothing, 1)(rank)
+            meeting_of(nothing, 3)(rank)
 
-    began = time.monotonic()
     codes, said = run(tmp_path, work, 3)
-    assert time.monotonic() - began < 12
     assert codes == [2, 0, 2]
     for rank in (0, 2):
         assert "rank 1 of 3 did not come" in said[rank]
-        assert "within 1 seconds" in said[rank]
+        assert "within 3 seconds" in said[rank]
         assert (
             f"rank 0 on {socket.gethostname()}" in said[rank] or f"ranks 0, 2 on {socket.gethostname()}" in said[rank]
         )
@@ -113,11 +114,10 @@ def test_a_rank_that_cannot_start_says_so_to_those_that_wait(tmp_path: Path) -> 
         if rank == 1:
             decline("recipe x.yaml: no such file")
         else:
-            meeting_of(nothing, 20)(rank)
+            time.sleep(7.0 if rank == 0 else 0.0)  # imports on a cold machine
+            meeting_of(nothing, 60)(rank)
 
-    began = time.monotonic()
     codes, said = run(tmp_path, work, 3)
-    assert time.monotonic() - began < 15
     assert codes == [2, 0, 2]
     assert all("rank 1 on " in said[rank] and "did not start: recipe x.yaml" in said[rank] for rank in (0, 2))
 
@@ -154,6 +154,31 @@ def test_wrong_addresses_and_ports(monkeypatch: pytest.MonkeyPatch) -> None:
         taken.listen()
         with pytest.raises(UserError, match=r"port \d+ is in use on .* choose another"):
             meet(place(common | {"RANK": "0", "MASTER_PORT": str(taken.getsockname()[1])}), {}, 2.0)
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_the_processes_of_a_bare_mpirun_do_not_each_train_alone(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}=2, but WORLD_SIZE is not set"):
+        place({name: "2"})
+    assert place({name: "1"}).size == 1
+    assert place({name: "2", "WORLD_SIZE": "1"}).size == 1
+
+
+def test_work_of_the_first_rank_may_take_longer_than_a_collective(tmp_path: Path) -> None:
+    def body(met: Meeting, rank: int) -> None:
+        store, timeout = dist.PrefixStore("group", met.store), timedelta(seconds=3)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
+        ranks = Ranks(rank, 2, rank, torch.device("cpu"), met)
+        assert ranks.on_first_at_length("resting", lambda: time.sleep(4.5) or rank) == 0
+        with pytest.raises(UserError, match="volume 17" if rank == 0 else "the first rank could not go on"):
+            ranks.on_first_at_length("failing", fail)
+        dist.barrier()
+
+    def fail() -> None:
+        raise UserError("volume 17 cannot be read")
+
+    codes, said = run(tmp_path, meeting_of(body))
+    assert codes == [0, 0], said
 
 
 def test_numbers_of_ranks_are_written_short() -> None:

@@ -1,7 +1,9 @@
 """What the doctor finds, says and advises; its training on two ranks."""
 
 import copy
+import io
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from voxtrast.engine.checkpoint import State
 from voxtrast.engine.config import load_config
 from voxtrast.engine.data.store import Store
-from voxtrast.engine.doctor import Finding, examine, print_report
+from voxtrast.engine.doctor import Finding, examine, print_report, two_ranks
 from voxtrast.engine.doctor import operators as doctor_operators
 from voxtrast.engine.doctor import versions as doctor_versions
 from voxtrast.engine.doctor.finding import BROKEN, GOOD, NOTE
@@ -53,12 +55,25 @@ def test_an_operator_without_its_library_runs_as_reference_and_says_why(monkeypa
     assert found["info_nce (cpu)"].state == GOOD
 
 
-@pytest.mark.parametrize(("wanted", "paths"), [("portable", {"portable"}), ("avx2", {"AVX2", "portable"})])
+AVX2 = ("avx2", "fma")
+AVX512 = (*AVX2, "avx512f", "avx512dq", "avx512vl", "avx512bw")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "flags", "path"),
+    [("portable", AVX512, "portable"), ("avx2", AVX512, "AVX2"), ("avx2", AVX2, "AVX2"), ("avx2", ("fma",), "portable"),
+     ("avx512", AVX512, "AVX-512"), ("avx512", AVX2, "AVX2"), (None, AVX512, "AVX-512"), (None, AVX512[:-1], "AVX2"),
+     (None, (), "portable")],
+)  # fmt: skip
 def test_the_instruction_set_that_is_asked_for_is_what_is_said(
-    wanted: str, paths: set[str], monkeypatch: pytest.MonkeyPatch
+    wanted: str | None, flags: tuple[str, ...], path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("VOXTRAST_CPU", wanted)
-    assert cpu_path() in paths
+    if wanted is None:
+        monkeypatch.delenv("VOXTRAST_CPU", raising=False)
+    else:
+        monkeypatch.setenv("VOXTRAST_CPU", wanted)
+    monkeypatch.setattr("builtins.open", lambda name: io.StringIO(f"processor: 0\nflags\t: sse {' '.join(flags)}\n"))
+    assert cpu_path() == path
 
 
 def test_a_store_with_a_missing_volume_and_a_folder_that_is_none_are_broken(tmp_path: Path) -> None:
@@ -104,6 +119,16 @@ def test_a_rank_that_is_left_out_of_the_mean_is_found() -> None:
     assert compare(runs[0], runs[0], words).state == GOOD
     assert compare(runs[0], runs[1], words).state == BROKEN
     assert compare(runs[0], ([1.0, 0.91], runs[0][1]), words).state == BROKEN
+
+
+def test_a_training_without_an_end_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(ranks: int, words: list[str], device: str) -> subprocess.CompletedProcess[str]:
+        raise subprocess.TimeoutExpired(words, 300)
+
+    monkeypatch.setattr(two_ranks, "_train", endless)
+    [finding] = check_two_ranks()
+    assert finding.state == BROKEN
+    assert "no end within 300 s" in finding.detail
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from voxtrast.engine.errors import UserError
-from voxtrast.engine.hosts import check_reachable, chosen_hosts, is_local, read_hostfile
+from voxtrast.engine.hosts import check_even, check_reachable, chosen_hosts, is_local, read_hostfile
 
 
 @pytest.fixture
@@ -29,7 +29,6 @@ def test_hosts_in_order_with_comments(hostfile: Path) -> None:
         ("node1 slots=2\nnode1 slots=2\n", "line 2: node1 stands there twice"),
         ("node1 slots=0\n", "line 1: node1 has no slots"),
         ("# nothing\n", "names no host"),
-        ("node1 slots=2\nnode2 slots=1\n", r"uneven slots \(node1 2, node2 1\).*--uneven"),
     ],
 )
 def test_a_bad_hostfile_is_refused_by_its_line(text: str, said: str, hostfile: Path) -> None:
@@ -38,9 +37,18 @@ def test_a_bad_hostfile_is_refused_by_its_line(text: str, said: str, hostfile: P
         read_hostfile(hostfile)
 
 
-def test_uneven_slots_where_they_are_meant_and_a_missing_file(hostfile: Path) -> None:
-    hostfile.write_text("node1 slots=2\nnode2 slots=1\n")
-    assert read_hostfile(hostfile, uneven=True) == {"node1": 2, "node2": 1}
+def test_the_chosen_hosts_are_those_that_must_be_even(hostfile: Path) -> None:
+    uneven, even = {"node1": 2, "node2": 1}, {"node1": 2, "node2": 2}
+    with pytest.raises(UserError, match=r"uneven slots \(node1 2, node2 1\).*--uneven"):
+        check_even(hostfile, chosen_hosts(uneven))
+    check_even(hostfile, chosen_hosts(uneven, exclude="node1:0"))
+    check_even(hostfile, chosen_hosts(uneven, include="node1"))
+    check_even(hostfile, chosen_hosts(even))
+    with pytest.raises(UserError, match=r"uneven slots \(node1 1, node2 2\)"):
+        check_even(hostfile, chosen_hosts(even, include="node1:0@node2"))
+
+
+def test_a_missing_file(hostfile: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
         read_hostfile(hostfile.with_name("none"))
 

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from rank_processes import free_port
 from run_results import assert_same_bits, lines_of, state_of, tensors_of
 from stand_in import METHODS, StandIn, recipe
 
@@ -55,10 +55,7 @@ class Launched(subprocess.Popen[bytes]):
     """Two ranks under torchrun."""
 
     def __init__(self, words: list[str], log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", __file__]
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", __file__]
         with log.open("ab") as file:
             super().__init__(
                 [sys.executable, *launcher, *words],
