@@ -16,6 +16,7 @@ from .errors import UserError
 from .learner import Learner
 from .loss_scale import LossScale
 from .optimizers import build_optimizer
+from .precision import spare_small_maps
 from .ranks import Ranks, import_deepspeed
 
 # What the loop, the schedule and the checkpoints rely on; said once, in the typed configuration.
@@ -174,6 +175,9 @@ def wrap_adversary(method: Method, config: Config, ranks: Ranks) -> Learner | No
 
 
 def _wrap(module: nn.Module, groups: list[dict[str, Any]], chosen: OptimizerConfig, settings: Any) -> Learner:
+    low = settings["torch_autocast"]
+    if low["enabled"] and low["dtype"] == "bfloat16" and next(module.parameters()).device.type == "cpu":
+        spare_small_maps(module)
     optimizer = build_optimizer(groups, chosen)
     engine, *_ = import_deepspeed().initialize(
         model=module, optimizer=optimizer, config=settings, dist_init_required=False

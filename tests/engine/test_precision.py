@@ -19,7 +19,7 @@ from voxtrast.engine.config import load_config, read_config
 from voxtrast.engine.data.pipeline import ViewPipeline
 from voxtrast.engine.errors import UserError
 from voxtrast.engine.loss_scale import LossScale
-from voxtrast.engine.precision import autocast
+from voxtrast.engine.precision import autocast, spare_small_maps
 from voxtrast.engine.ranks import import_deepspeed, start_processes, stop_processes
 from voxtrast.engine.runs import build_method, open_cases
 from voxtrast.engine.weights import load_weights
@@ -258,3 +258,21 @@ def test_every_method_has_float32_losses_and_finite_gradients_in_float16(name: s
     found = [each.grad for each in method.parameters() if each.grad is not None]
     assert all(each.isfinite().all() for each in found)
     assert any(each.abs().max() > 0 for each in found)
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_weights_of_convolutions_over_few_slices_get_their_gradient_in_bfloat16(depth: int) -> None:
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv3d(32, 32, 3, padding=1)
+    image = torch.randn(2, 32, depth, 8, 6)
+    convolution(image).square().mean().backward()
+    wanted = convolution.weight.grad
+    assert wanted is not None
+    spare_small_maps(convolution)
+    for _ in range(20):
+        junk = [torch.full((count,), 3e30) for count in (1000, wanted.numel() // 2, wanted.numel())]
+        del junk  # so that memory that is not written shows
+        convolution.weight.grad = None
+        with autocast("bfloat16", torch.device("cpu")):
+            convolution(image).float().square().mean().backward()
+        assert (convolution.weight.grad - wanted).norm() < 0.02 * wanted.norm()

@@ -144,7 +144,8 @@ def assert_same_training(run: Path, reference: Path) -> None:
     assert apart < 1e-2 * way
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow  # test_zero_stages has two ranks for everybody
+@pytest.mark.parametrize("stage", [0, 1])
 def test_two_ranks_equal_one_process(stage: int, tiny_store: Path, tmp_path: Path) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert pretrain(tiny_store, alone, "train.steps=5").returncode == 0
