@@ -82,6 +82,7 @@ def test_a_run_leaves_what_the_documentation_says(uninterrupted: Path) -> None:
         assert torch.equal(tensor, model[f"backbone.network.{name}"])
 
 
+@pytest.mark.slow  # test_kills has kills within a save for everybody
 def test_killed_at_any_moment_and_resumed_the_losses_are_the_same_bit_for_bit(
     uninterrupted: Path, tiny_store: Path, tmp_path: Path
 ) -> None:

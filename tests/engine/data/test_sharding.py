@@ -93,6 +93,7 @@ def test_each_source_belongs_to_one_shard() -> None:
         assert sizes.min() > 0.7 * len(names) / count
 
 
+@pytest.mark.slow
 def test_a_store_is_brought_up_to_date_in_shards(
     raw: Path, tmp_path: Path, write: Callable, run: Callable, contents: Callable
 ) -> None:
