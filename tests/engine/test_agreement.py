@@ -91,6 +91,7 @@ def test_other_versions_and_devices_are_named(tmp_path: Path) -> None:
         assert "device: cpu (rank 0 on " in line
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_named_by_those_that_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "FAREWELL_S", 3.0)
 
@@ -164,6 +165,7 @@ def test_the_processes_of_a_bare_mpirun_do_not_each_train_alone(name: str) -> No
     assert place({name: "2", "WORLD_SIZE": "1"}).size == 1
 
 
+@pytest.mark.slow
 def test_work_of_the_first_rank_may_take_longer_than_a_collective(tmp_path: Path) -> None:
     def body(met: Meeting, rank: int) -> None:
         store, timeout = dist.PrefixStore("group", met.store), timedelta(seconds=3)

@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from voxtrast.engine import pretrain as entry
 from voxtrast.engine.checkpoint import finished_checkpoints, load_checkpoint
 from voxtrast.engine.config import ScheduleConfig, load_config, read_config
 from voxtrast.engine.deepspeed import deepspeed_json
@@ -38,6 +41,20 @@ def pretrain(store: Path, run: Path, *words: str, launcher: tuple[str, ...] = ()
     return subprocess.run(
         command(store, run, *words, launcher=launcher), capture_output=True, text=True, env=environment
     )
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Any]]:
+    """As `pretrain`, in this process: for runs that are refused or short."""
+    monkeypatch.setattr(entry, "stop_processes", lambda: None)  # the next run goes on with the group
+    threads = torch.get_num_threads()
+
+    def start(store: Path, run: Path, *words: str) -> subprocess.CompletedProcess[str]:
+        arguments = command(store, run, *words)[3:]
+        return subprocess.CompletedProcess(arguments, entry.main(arguments), "", capsys.readouterr().err)
+
+    yield start
+    torch.set_num_threads(threads)
 
 
 def losses(run: Path) -> list[float]:
@@ -198,8 +215,10 @@ def test_the_moving_average_is_what_is_exported(tiny_store: Path, tmp_path: Path
         pytest.param(("device=cuda",), "CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
     ],
 )
-def test_a_mistake_is_one_clear_line(words: tuple[str, ...], named: str, tiny_store: Path, tmp_path: Path) -> None:
-    done = pretrain(tiny_store, tmp_path / "run", "train.steps=1", *words)
+def test_a_mistake_is_one_clear_line(
+    words: tuple[str, ...], named: str, here: Callable[..., Any], tiny_store: Path, tmp_path: Path
+) -> None:
+    done = here(tiny_store, tmp_path / "run", "train.steps=1", *words)
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(errors) == 1, done.stderr
@@ -207,37 +226,39 @@ def test_a_mistake_is_one_clear_line(words: tuple[str, ...], named: str, tiny_st
     assert "Traceback" not in done.stderr
 
 
-def test_a_folder_with_another_run_is_refused_until_it_is_the_same_run(uninterrupted: Path, tiny_store: Path) -> None:
+def test_a_folder_with_another_run_is_refused_until_it_is_the_same_run(
+    uninterrupted: Path, here: Callable[..., Any], tiny_store: Path
+) -> None:
     for words, named in ((("seed=5",), "seed: 0 -> 5"), (("resume=never",), "resume")):
-        done = pretrain(tiny_store, uninterrupted, "train.steps=30", "checkpoint.every=3", *words)
+        done = here(tiny_store, uninterrupted, "train.steps=30", "checkpoint.every=3", *words)
         assert done.returncode == 2
         assert named in done.stderr
     (uninterrupted / "weights.safetensors").unlink()
-    done = pretrain(tiny_store, uninterrupted, "train.steps=30", "checkpoint.every=3")
+    done = here(tiny_store, uninterrupted, "train.steps=30", "checkpoint.every=3")
     assert done.returncode == 0, done.stderr
     assert "nothing to do" in done.stderr
     assert load_weights(uninterrupted / "weights.safetensors")[1]["step"] == 30
 
 
 def test_a_run_refused_before_its_first_checkpoint_begins_again_with_other_settings(
-    tiny_store: Path, tmp_path: Path
+    here: Callable[..., Any], tiny_store: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    refused = pretrain(
-        tiny_store, run, "train.steps=1", "views.affine.translation_voxels=60", "method.max_unreachable=0"
-    )
+    refused = here(tiny_store, run, "train.steps=1", "views.affine.translation_voxels=60", "method.max_unreachable=0")
     assert refused.returncode == 2
     assert (run / "config.yaml").exists()
-    assert pretrain(tiny_store, run, "train.steps=1").returncode == 0
+    assert here(tiny_store, run, "train.steps=1").returncode == 0
 
 
 @pytest.mark.parametrize("on_error", ["raise", "substitute"])
-def test_a_volume_that_changed_is_found_by_its_checksum(on_error: str, tiny_store: Path, tmp_path: Path) -> None:
+def test_a_volume_that_changed_is_found_by_its_checksum(
+    on_error: str, here: Callable[..., Any], tiny_store: Path, tmp_path: Path
+) -> None:
     volume = sorted((tiny_store / "volumes").iterdir())[2]
     content = volume.read_bytes()
     try:
         volume.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        done = pretrain(tiny_store, tmp_path / "run", "train.steps=1", f"loader.on_error={on_error}")
+        done = here(tiny_store, tmp_path / "run", "train.steps=1", f"loader.on_error={on_error}")
     finally:
         volume.write_bytes(content)
     assert done.returncode == (2 if on_error == "raise" else 0), done.stderr

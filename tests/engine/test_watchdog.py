@@ -79,6 +79,7 @@ def test_a_rank_that_is_longer_busy_than_the_limit_is_not_lost(tmp_path: Path) -
     assert ranks.ends(30) == [0, 0]
 
 
+@pytest.mark.slow
 def test_ranks_that_are_all_paused_for_longer_than_the_limit_go_on(tmp_path: Path) -> None:
     def body(rank: int, dog: Watchdog) -> None:
         at("training", 7)
@@ -216,12 +217,10 @@ def test_a_rank_whose_own_error_is_on_its_way_up_is_waited_for(tmp_path: Path) -
     assert (tmp_path / "saved").exists()
 
 
-def test_an_error_that_never_reaches_the_top_is_waited_for_within_a_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(watchdog, "LEAVING_S", 1.0)
-
+@pytest.mark.slow
+def test_an_error_that_never_reaches_the_top_is_waited_for_within_a_limit(tmp_path: Path) -> None:
     def body(rank: int, dog: Watchdog) -> None:
+        watchdog.LEAVING_S = 1.0  # in this rank's process
         posted(dog, 0)
         try:
             raise UserError("volume 17 cannot be read")

@@ -188,6 +188,7 @@ def _kill_and_resume(tmp_path: Path, kills: int, write: Callable, run: Callable,
     assert halfway > 0, "no kill came before the end: make the volumes larger"
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_to_equal_bytes(
     tmp_path: Path, write: Callable, run: Callable, contents: Callable
 ) -> None:
