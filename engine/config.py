@@ -39,6 +39,7 @@ class OptimizerConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 0.0  # beside Adam's and LAMB's denominator; 0 for the optimizer's own (1e-8, LAMB 1e-6)
     momentum: float = 0.9  # of sgd
     gradient_clip: float = 0.0  # global norm; 0 for none
 
@@ -177,8 +178,10 @@ NOT_NEGATIVE = (
     "guards.spike_factor",
     "guards.data_timeout_seconds",
     "optimizer.weight_decay",
+    "optimizer.eps",
     "optimizer.gradient_clip",
     "adversary_optimizer.weight_decay",
+    "adversary_optimizer.eps",
     "adversary_optimizer.gradient_clip",
     "seed",
     "schedule.warmup_steps",

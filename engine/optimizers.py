@@ -17,19 +17,22 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
 
     Raises: UserError where it belongs to a package that is not installed or cannot be used here.
     """
-    rate, betas = config.learning_rate, (config.betas[0], config.betas[1])
+    rate = config.learning_rate
+    adaptive: dict[str, Any] = {"lr": rate, "betas": (config.betas[0], config.betas[1])}
+    if config.eps:
+        adaptive["eps"] = config.eps
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+        return torch.optim.AdamW(groups, **adaptive, fused=True)
     if config.name == "adam":
-        return torch.optim.Adam(groups, lr=rate, betas=betas, fused=True)
+        return torch.optim.Adam(groups, **adaptive, fused=True)
     if config.name == "sgd":
         # Not fused: that fails where a parameter is reached for the first time later than others.
         return torch.optim.SGD(groups, lr=rate, momentum=config.momentum, foreach=True)
     if config.name == "lamb":
-        return Lamb(groups, lr=rate, betas=betas)
+        return Lamb(groups, **adaptive)
     if config.name == "deepspeed_fused_lamb":
-        return _deepspeed_lamb(groups, config)
-    return _apex_optimizer(groups, config)
+        return _deepspeed_lamb(groups, adaptive)
+    return _apex_optimizer(groups, config.name, adaptive)
 
 
 def kept_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
@@ -63,12 +66,12 @@ def _group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, 
     return {}
 
 
-def _deepspeed_lamb(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+def _deepspeed_lamb(groups: list[dict[str, Any]], adaptive: dict[str, Any]) -> torch.optim.Optimizer:
     try:
         from deepspeed.ops.lamb import FusedLamb
 
         # Its clamp of the layers' factors (0.01 to 10) is DeepSpeed's; clipping is the engine's.
-        optimizer: Any = FusedLamb(groups, lr=config.learning_rate, betas=tuple(config.betas), max_grad_norm=0.0)
+        optimizer: Any = FusedLamb(groups, **adaptive, max_grad_norm=0.0)
     except (ImportError, OSError, RuntimeError, AssertionError, AttributeError, ValueError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -80,17 +83,17 @@ def _deepspeed_lamb(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
     return found
 
 
-def _apex_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+def _apex_optimizer(groups: list[dict[str, Any]], name: str, adaptive: dict[str, Any]) -> torch.optim.Optimizer:
     # PyPI's `apex` is another project, so the attribute is looked for and not the package alone.
     try:
         from apex import optimizers  # type: ignore[import-not-found]
 
-        chosen = {"apex_fused_adam": optimizers.FusedAdam, "apex_fused_lamb": optimizers.FusedLAMB}[config.name]
+        chosen = {"apex_fused_adam": optimizers.FusedAdam, "apex_fused_lamb": optimizers.FusedLAMB}[name]
     except (ImportError, AttributeError):
         raise UserError(
-            f"optimizer.name: {config.name} needs NVIDIA's apex built from its source (the `apex` on PyPI is "
+            f"optimizer.name: {name} needs NVIDIA's apex built from its source (the `apex` on PyPI is "
             f"another project); use optimizer.name=adamw, torch's fused form"
         ) from None
     # FusedLAMB would clip at 1.0 for itself; clipping is the engine's.
-    own_clipping = {"max_grad_norm": 0.0} if config.name == "apex_fused_lamb" else {}
-    return chosen(groups, lr=config.learning_rate, betas=tuple(config.betas), **own_clipping)
+    own_clipping = {"max_grad_norm": 0.0} if name == "apex_fused_lamb" else {}
+    return chosen(groups, **adaptive, **own_clipping)

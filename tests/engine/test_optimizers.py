@@ -122,6 +122,13 @@ def test_counts_come_back_as_the_optimizer_has_them() -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize(("name", "own"), [("adamw", 1e-8), ("adam", 1e-8), ("lamb", 1e-6)])
+def test_eps_is_the_optimizers_own_unless_it_is_said(name: str, own: float) -> None:
+    for eps, wanted in ((0.0, own), (1e-4, 1e-4)):
+        made = build_optimizer([{"params": [nn.Parameter(torch.ones(2))]}], OptimizerConfig(name=name, eps=eps))
+        assert made.param_groups[0]["eps"] == wanted
+
+
 def test_apexs_optimizers_are_built_where_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[dict[str, Any]] = []
     apex = ModuleType("apex")

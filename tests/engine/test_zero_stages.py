@@ -173,6 +173,9 @@ OPTIMIZER = {
     "sgd": ("optimizer.name=sgd", "optimizer.learning_rate=0.005", "optimizer.gradient_clip=1",
             "adversary_optimizer.name=sgd", "adversary_optimizer.learning_rate=0.005"),
     "adamw": ("optimizer.name=adamw", "optimizer.learning_rate=0.001"),
+    # Gradients that are rounding alone stay below it.
+    "eps": ("optimizer.name=adamw", "optimizer.learning_rate=0.001", "optimizer.eps=1e-4",
+            "adversary_optimizer.eps=1e-4"),
 }  # fmt: skip
 HEADING = (
     f"{'method':8}{'optimizer':10}{'ranks':>6}{'ZeRO':>6}{'losses':>10}{'parameters':>12}{'of the way':>12}  tensor"
@@ -185,8 +188,8 @@ def test_table_of_ranks_stages_and_methods(tiny_store: Path, tmp_path: Path) -> 
 
     Largest relative difference of the losses; of all parameters, |a - b| / |b|; the same as a share of the way that
     they went, |a - b| / |b - start|, which a gradient that lacks a part would show at once; and of the tensor that is
-    furthest for itself. Adam takes full steps of gradients that are rounding alone (biases before a norm), and the next
-    losses see them: it is shown beside and not judged.
+    furthest for itself. With the usual eps Adam takes full steps of gradients that are rounding alone (biases before a
+    norm), and the next losses see them: it is shown beside and not judged.
     """
     cells = {}
     for ranks in (1, 2, 4):
@@ -205,7 +208,7 @@ def test_table_of_ranks_stages_and_methods(tiny_store: Path, tmp_path: Path) -> 
         found = f"{losses:10.1e}{parameters:12.1e}{way:12.1e}{furthest:9.1e} {name}"
         print(f"{method:8}{optimizer:10}{ranks:6}{stage:6}{found}")
     for cell, (losses, parameters, way, _, _) in cells.items():
-        if cell[1] == "sgd":
+        if cell[1] != "adamw":
             assert losses < 1e-5, cell
             assert parameters < 1e-5, cell
             assert way < 1e-2, cell  # where rounding takes a point into the next cell of a grid, a gradient jumps
