@@ -17,7 +17,7 @@ PARTITIONED = (1, 2, 3)
 class Combination:
     """Two settings, each by its dotted key, that must not have these values at once.
 
-    `device` and `ranks` stand for where the run computes and on how many processes, which is known at its start.
+    `device` stands for where the run computes, which is known at its start.
     """
 
     key: str
@@ -93,7 +93,7 @@ def check_combinations(config: Any, **place: Any) -> None:
 
     Args:
         config: the configuration, typed or OmegaConf's.
-        place: device (cpu or cuda) and ranks.
+        place: device, cpu or cuda.
 
     Raises: UserError naming both settings, the reason and the remedy.
     """
@@ -106,7 +106,7 @@ def check_combinations(config: Any, **place: Any) -> None:
 
 
 def _setting(config: Any, key: str) -> Any:
-    if key in ("device", "ranks"):  # `device: auto` says nothing yet
+    if key == "device":  # `device: auto` says nothing yet
         return None
     return functools.reduce(lambda group, name: getattr(group, name, None), key.split("."), config)
 

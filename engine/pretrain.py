@@ -112,7 +112,7 @@ def _watched(ranks: Ranks, timeout_s: float) -> AbstractContextManager[object]:
 
 
 def _run(config: Config, method: Method, ranks: Ranks, clock: Clock) -> None:
-    check_combinations(config, device=ranks.device.type, ranks=ranks.size)
+    check_combinations(config, device=ranks.device.type)
     deepspeed_json(config, ranks.size)
     at("opening the store")
     store, cases, aside, excluded = open_cases(config)

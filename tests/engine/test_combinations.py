@@ -55,11 +55,11 @@ def test_what_fits_is_not_refused(settings: dict[str, object], place: dict[str, 
 
 
 def test_a_row_can_be_added(stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = combinations.Combination("ranks", lambda size: size > 1, "method.name", ("stand_in",), "it is alone", "leave")
+    row = combinations.Combination("device", ("cuda",), "method.name", ("stand_in",), "it is alone", "leave")
     monkeypatch.setattr(combinations, "TABLE", (*TABLE, row))
-    check_combinations(config_with(tmp_path), ranks=1)
-    with pytest.raises(UserError, match=r"ranks=2 with method\.name=stand_in: it is alone; leave"):
-        check_combinations(config_with(tmp_path), ranks=2)
+    check_combinations(config_with(tmp_path), device="cpu")
+    with pytest.raises(UserError, match=r"device=cuda with method\.name=stand_in: it is alone; leave"):
+        check_combinations(config_with(tmp_path), device="cuda")
 
 
 def test_words_are_looked_at_as_well(stand_in: None, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_a_scale_changes_no_bit_and_a_dropped_step_leaves_no_trace(stage: int, c
 
 
 def check_on_one_of_two(rank: int, folder: str) -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
     deepspeed = import_deepspeed()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(1)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rank_processes import free_port
 from run_results import lines_of, state_of, tensors_of
+from small_recipes import COMMON, METHOD, OPTIMIZER, differences
 from stand_in import recipe
 
 from voxtrast.engine.checkpoint import finished_checkpoints
@@ -133,6 +134,21 @@ def test_ten_steps_on_two_nodes_equal_one_process(
             apart[name] = (ours[name].double() - tensor.double()).nan_to_num().norm().item() / scale
     print("largest relative difference", max(apart.values()))
     assert {name: value for name, value in apart.items() if value > 1e-5 and name.startswith("model")} == {}
+
+
+@pytest.mark.parametrize("method", METHOD)
+def test_ten_steps_of_a_recipe_on_two_nodes_equal_one_process(
+    method: str, nodes: Nodes, tiny_store: Path, tmp_path: Path
+) -> None:
+    words = (*METHOD[method], *COMMON, *OPTIMIZER["sgd"], f"data={tiny_store}")
+    together, one = tmp_path / "together", tmp_path / "one"
+    for code, said in ends(nodes.start((*words, f"output={together}")), 200):
+        assert code == 0, said
+    alone((*words, f"output={one}"))
+    of_losses, of_parameters, *_ = differences(together, one)
+    print(f"{method}: losses {of_losses:.1e}, parameters {of_parameters:.1e}")
+    assert of_losses < 1e-5
+    assert of_parameters < 1e-5
 
 
 def test_a_node_that_is_cut_off_ends_both_sides_and_the_run_continues(

@@ -9,21 +9,18 @@ import pytest
 import torch
 from many_runs import run_pool
 from run_results import assert_close, assert_same_bits, forget_after, lines_of, plain_loop, state_of, tensors_of
+from small_recipes import COMMON, CUT, METHOD, OPTIMIZER, STAGE, apart, differences
 from stand_in import STAGES, Run, StandIn, recipe
-from torch import Tensor, nn
+from torch import nn
 
 from voxtrast.engine.checkpoint import State
 from voxtrast.engine.config import load_config, read_config
 from voxtrast.engine.deepspeed import deepspeed_json, synchronise_batch_norm
 from voxtrast.engine.errors import UserError
-from voxtrast.engine.runs import build_method
 from voxtrast.engine.weights import load_weights
 from voxtrast.methods import METHODS, recipe_names
 from voxtrast.methods.parts.momentum_twin import MomentumTwin
 
-# DeepSpeed keeps small parameters whole on every rank under ZeRO 3: in a test these are all of them.
-CUT = "deepspeed.extra.zero_optimization.stage3_param_persistence_threshold=0"
-STAGE = {stage: (f"deepspeed.zero_stage={stage}", *((CUT,) if stage == 3 else ())) for stage in range(4)}
 OFFLOAD = "deepspeed.offload_optimizer=cpu"
 # Adam would make full steps of gradients that are rounding alone.
 SGD = ("optimizer.name=sgd", "schedule.warmup_steps=1")
@@ -149,34 +146,6 @@ def assert_nearly_same(one: State, other: State, tolerance: float) -> None:
     assert max(different.values()) < tolerance, max(different.items(), key=lambda item: item[1])
 
 
-def apart(one: Tensor, other: Tensor) -> float:
-    """|a - b| / |b|; windows that are not full yet hold nan."""
-    one, other = one.double().nan_to_num(9.9), other.double().nan_to_num(9.9)
-    return ((one - other).norm() / other.norm().clamp(min=1e-12)).item()
-
-
-COMMON = ("train.steps=10", "train.global_batch=4", "train.threads=1", "loader.threads=1", "validation.every=0",
-          "validation.fraction=0.34", "schedule.warmup_steps=0", "schedule.name=constant", "device=cpu",
-          "checkpoint.every=100", "backbone.norm=instance")  # fmt: skip
-METHOD = {
-    "jcl": ("jcl-tiny", "backbone.features=[8,16,16]", "backbone.encoder_blocks=[1]", "backbone.decoder_blocks=[1]",
-            "method.channels=16", "views.crop=[8,16,16]"),
-    "cover": ("cover-tiny", "backbone.features=[8,16,16]", "backbone.encoder_blocks=[1]", "backbone.decoder_blocks=[1]",
-              "method.units=[2,1,1]", "method.radius=1", "views.crop=[16,16,16]", "views.affine.translation_voxels=1",
-              "views.affine.rotation_degrees=5", "method.max_unreachable=1"),
-    "dira": ("dira-tiny", "backbone.features=[8,16,16]", "backbone.encoder_blocks=[1]", "backbone.decoder_blocks=[1]",
-             "method.hidden=16", "method.outputs=8", "method.bank=24", "method.critic_width=4",
-             "views.crop=[16,16,16]"),
-}  # fmt: skip
-# JCL's first steps without clipping are so wide that the rounding of a sum decides where they lead.
-OPTIMIZER = {
-    "sgd": ("optimizer.name=sgd", "optimizer.learning_rate=0.005", "optimizer.gradient_clip=1",
-            "adversary_optimizer.name=sgd", "adversary_optimizer.learning_rate=0.005"),
-    "adamw": ("optimizer.name=adamw", "optimizer.learning_rate=0.001"),
-    # Gradients that are rounding alone stay below it.
-    "eps": ("optimizer.name=adamw", "optimizer.learning_rate=0.001", "optimizer.eps=1e-4",
-            "adversary_optimizer.eps=1e-4"),
-}  # fmt: skip
 HEADING = (
     f"{'method':8}{'optimizer':10}{'ranks':>6}{'ZeRO':>6}{'losses':>10}{'parameters':>12}{'of the way':>12}  tensor"
 )
@@ -212,37 +181,6 @@ def test_table_of_ranks_stages_and_methods(tiny_store: Path, tmp_path: Path) -> 
             assert losses < 1e-5, cell
             assert parameters < 1e-5, cell
             assert way < 1e-2, cell  # where rounding takes a point into the next cell of a grid, a gradient jumps
-
-
-def differences(run: Path, reference: Path) -> tuple[float, float, float, float, str]:
-    pairs = zip(lines_of(run), lines_of(reference), strict=True)
-    losses = max(abs(one["loss"] - other["loss"]) / abs(other["loss"]) for one, other in pairs)
-    steps = len(lines_of(run))
-    first, second = (parameters_of(state_of(each, steps), reference) for each in (run, reference))
-    start = parameters_of(None, reference)
-    furthest = max((apart(tensor, second[name]), name) for name, tensor in first.items())
-    distance, length, way = (
-        torch.stack([each.double().norm() for each in tensors]).norm().item()
-        for tensors in (
-            [first[name] - second[name] for name in start],
-            [second[name] for name in start],
-            [second[name] - start[name] for name in start],
-        )
-    )
-    return losses, distance / length, distance / way, *furthest
-
-
-def parameters_of(state: State | None, run: Path) -> dict[str, Tensor]:
-    """Of the method and its adversary, in a state or as they began."""
-    method = build_method(read_config(run / "config.yaml"))
-    modules = {"": method} | ({"adversary.": method.adversary} if method.adversary is not None else {})
-    found = {}
-    for prefix, module in modules.items():
-        tensors = dict(module.named_parameters())
-        if state is not None:
-            tensors = {name: (state.adversary if prefix else state.model)[name] for name in tensors}
-        found |= {prefix + name: tensor.detach() for name, tensor in tensors.items()}
-    return found
 
 
 @pytest.mark.slow
