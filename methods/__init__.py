@@ -7,13 +7,22 @@ from .backbone import Backbone, BackboneConfig, build_network, transferable_stat
 from .cover import Cover
 from .dira import Dira
 from .jcl import JCL
+from .mae import Mae
 from .method import Batch, Method
 from .pcl import PCL
 from .pcrl import Pcrl
 from .pcrlv2 import PcrlV2
 from .views import AffineRanges, AppearanceRanges, View, ViewSpec
 
-METHODS: dict[str, Any] = {"cover": Cover, "dira": Dira, "jcl": JCL, "pcl": PCL, "pcrl": Pcrl, "pcrlv2": PcrlV2}
+METHODS: dict[str, Any] = {
+    "cover": Cover,
+    "dira": Dira,
+    "jcl": JCL,
+    "mae": Mae,
+    "pcl": PCL,
+    "pcrl": Pcrl,
+    "pcrlv2": PcrlV2,
+}
 
 
 def recipe_names() -> list[str]:
@@ -32,6 +41,7 @@ __all__ = [
     "BackboneConfig",
     "Batch",
     "Cover",
+    "Mae",
     "Method",
     "View",
     "ViewSpec",

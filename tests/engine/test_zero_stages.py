@@ -177,7 +177,9 @@ def test_table_of_ranks_stages_and_methods(tiny_store: Path, tmp_path: Path) -> 
         found = f"{losses:10.1e}{parameters:12.1e}{way:12.1e}{furthest:9.1e} {name}"
         print(f"{method:8}{optimizer:10}{ranks:6}{stage:6}{found}")
     for cell, (losses, parameters, way, _, _) in cells.items():
-        if cell[1] != "adamw":
+        # COVER's warps have kinks: a point that rounding takes into the next cell of the grid changes a gradient by
+        # more than rounding, and Adam's first steps are as long for a small gradient as for a large one.
+        if cell[1] == "sgd" or (cell[1] == "eps" and cell[0] != "cover"):
             assert losses < 1e-5, cell
             assert parameters < 1e-5, cell
             assert way < 1e-2, cell  # where rounding takes a point into the next cell of a grid, a gradient jumps

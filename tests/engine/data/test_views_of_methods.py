@@ -24,6 +24,8 @@ EXPECTED = {
     "jcl-2d-paper": (SLICES, {("i1", "v1"): (1, 512, 512), ("i2", "v2"): (1, 128, 128)}),
     "jcl-3d": (THORAX, {("i1", "v1"): (32, 96, 96), ("i2", "v2"): (8, 24, 24)}),
     "jcl-tiny": (HIPPOCAMPUS, {("i1", "v1"): (8, 32, 24), ("i2", "v2"): (4, 16, 12)}),
+    "mae-3d": (THORAX, {("x",): (96, 96, 96)}),
+    "mae-tiny": (HIPPOCAMPUS, {("x",): (24, 32, 24)}),
     "pcl-2d-paper": (SLICES, {("x1", "x2"): (1, 512, 512)}),
     "pcl-3d": (THORAX, {("x1", "x2"): (16, 128, 128)}),
     "pcl-tiny": (HIPPOCAMPUS, {("x1", "x2"): (8, 32, 24)}),

@@ -1,0 +1,133 @@
+"""MAE: masked autoencoding of volumes by a U-Net, the baseline to beat, in 2-D and 3-D.
+
+Blocks of an image are hidden, most of it, and the network restores them from what is left. Nothing is contrasted, and
+nothing but the image is needed: of all pretraining the simplest that trains encoder and decoder.
+
+    L = mean over the hidden voxels of (G(x . m) - x)^2        m 0 in the hidden blocks and 1 elsewhere, G the U-Net
+
+He et al., CVPR 2022, hide patches of photographs from a transformer. The form here is that of convolutional networks
+for medical volumes (Wald et al., "Revisiting MAE pre-training for 3D medical image segmentation", CVPR 2025, and its
+code, nnssl): hidden voxels are 0, which is the mean of a standardised image, three quarters of all blocks of 16 voxels
+are hidden, the skips stay, and the error is taken where the image was hidden.
+
+Departures from that code, with reasons:
+- The blocks of a sample are drawn from (seed, step, place in the global batch): the same on any number of ranks.
+- The last layer, which gives the image, is a head of its own: the network's segmentation layer is the task's.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .backbone import Backbone, BackboneConfig
+from .method import Batch, Method
+from .parts.across_ranks import own_part, rank_and_size
+from .parts.crops import check_crop
+from .views import View, ViewSpec
+
+
+@dataclass
+class MaeConfig:
+    name: str = "mae"
+    hidden_share: float = 0.75  # of the blocks
+    block_voxels: int = 16  # side of a block
+    restorative_weight: float = 1.0
+
+
+@dataclass
+class MaeViews:
+    crop: list[int] = field(default_factory=lambda: [96, 96, 96])  # D, H, W voxels (H, W for 2-D)
+    view: View = field(default_factory=View)  # what is hidden in part and restored
+
+
+class Mae(Method):
+    name = "mae"
+    reads_parameters = False
+    Config = MaeConfig
+    Views = MaeViews
+
+    def __init__(self, config: MaeConfig, backbone: BackboneConfig, views: MaeViews) -> None:
+        super().__init__({"restorative": config.restorative_weight})
+        size = views.view.size or views.crop
+        check_crop(size, backbone, name="views.view.size" if views.view.size else "views.crop")
+        self.config = config
+        self.views = ViewSpec(crop=tuple(views.crop), views={"x": replace(views.view)})
+        self.blocks = _blocks(config, size)
+        self.hidden = round(config.hidden_share * self.blocks.numel())
+        if not 0 < self.hidden < self.blocks.numel():
+            raise ValueError(
+                f"method.hidden_share: {config.hidden_share} of {self.blocks.numel()} blocks hides {self.hidden} of "
+                f"them; expected a share that hides some and leaves some, for example 0.75 with smaller "
+                f"method.block_voxels"
+            )
+        self.backbone = Backbone(backbone)
+        convolution = nn.Conv3d if backbone.dimensions == 3 else nn.Conv2d
+        self.restoration_head = convolution(self.backbone.decoder_channels[-1], 1, 1)
+
+    def exchange(self, batches: list[Batch], step: int) -> None:
+        parts = len(batches) * rank_and_size(self.group)[1]
+        shown = self.draw(parts * len(batches[0]["x"]), step)
+        for part, batch in enumerate(batches):
+            batch["shown"] = own_part(shown, part, len(batches), self.group).to(batch["x"].device)
+
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        image = batch["x"]
+        # Without an exchange this batch is the whole one.
+        shown = batch["shown"] if "shown" in batch else self.draw(len(image), step).to(image.device)
+        restored, _ = self._restore(image, shown)
+        hidden = ~shown.expand_as(image)
+        target = image[hidden].to(restored.dtype)
+        losses = {"restorative": functional.mse_loss(restored[hidden], target)}
+        spread = (target - target.mean()).square().mean()
+        self.monitors = {
+            "restoration_error": (restored[hidden] - target).detach().abs().mean(),
+            "loss_over_mean": losses["restorative"].detach() / spread.clamp(min=1e-12),  # 1: no better than the mean
+        }
+        return {name: weight * losses[name] for name, weight in self.weights(step).items()}
+
+    def draw(self, samples: int, step: int) -> Tensor:
+        """Which voxels are shown: (samples, 1, *S) of bool, equally many in each sample."""
+        places = torch.rand(samples, self.blocks.numel(), generator=self.generator(step, "mask")).argsort(dim=1)
+        shown = (places >= self.hidden).view(samples, 1, *self.blocks.shape)
+        for axis in range(2, shown.ndim):
+            shown = shown.repeat_interleave(self.config.block_voxels, dim=axis)
+        return shown
+
+    def preflight(
+        self, batches: Iterable[Batch], total: Callable[[Tensor], Tensor] = lambda sums: sums
+    ) -> dict[str, float]:
+        return {"hidden_share": self.hidden / self.blocks.numel(), "blocks": float(self.blocks.numel())}
+
+    @torch.no_grad()
+    def inspect(self, batch: Batch) -> dict[str, Tensor]:
+        """The features of the whole image (B, C, *S), the image with blocks hidden, and what is restored of it."""
+        image = batch["x"]
+        shown = self.draw(len(image), 0).to(image.device)
+        restored, _ = self._restore(image, shown)
+        return {"features": self.backbone(image)[1][-1], "hidden": image * shown, "restored": restored}
+
+    def transferable(self) -> dict[str, Tensor]:
+        return self.backbone.transferable()
+
+    def untrained(self) -> list[str]:
+        return self.backbone.untrained()
+
+    def _restore(self, image: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
+        _, decoder_maps = self.backbone(image * shown)
+        restored: Tensor = self.restoration_head(decoder_maps[-1])
+        return restored.to(torch.promote_types(restored.dtype, torch.float32)), decoder_maps[-1]
+
+
+def _blocks(config: MaeConfig, size: list[int]) -> Tensor:
+    """A tensor of the blocks' grid."""
+    side = config.block_voxels
+    if side < 1 or any(each % side for each in size):
+        fitting = [each for each in range(1, min(size) + 1) if all(length % each == 0 for length in size)]
+        raise ValueError(
+            f"method.block_voxels: {side} does not divide every side of the view {list(size)}; take one of "
+            f"{', '.join(map(str, fitting))}"
+        )
+    return torch.empty([each // side for each in size], device="meta")
