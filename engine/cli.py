@@ -196,16 +196,16 @@ def bench(
         str,
         typer.Argument(
             help="kernels: fused operators; data: views; train: a step by its parts; prepare: resampling; "
-            "methods: whole trainings; scaling: the engine on one and more ranks."
+            "methods: whole trainings; scaling: the engine on one and more ranks; label-efficiency: Dice with few labels."
         ),
     ] = "kernels",
 ) -> None:
     """Measure speed and memory beside what one would otherwise pick: `bench kernels --help` says what can be chosen."""
-    known = ("kernels", "data", "train", "prepare", "methods", "scaling")
+    known = ("kernels", "data", "train", "prepare", "methods", "scaling", "label-efficiency")
     if what not in known:
         raise UserError(f"bench {what}: unknown; this version measures {', '.join(known)}")
     sys.argv = [f"voxtrast bench {what}", *context.args]
-    runpy.run_module(f"voxtrast.benchmarks.{what}", run_name="__main__", alter_sys=True)
+    runpy.run_module(f"voxtrast.benchmarks.{what.replace('-', '_')}", run_name="__main__", alter_sys=True)
 
 
 @app.command()

@@ -1,0 +1,97 @@
+"""One run of the label-efficiency benchmark, in a process of its own: fine-tuning an arm, or probing its features."""
+
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from voxtrast.engine.config import load_config
+from voxtrast.engine.data.store import Store
+from voxtrast.engine.downstream.finetune import finetune
+from voxtrast.engine.weights import RUN_WEIGHTS, load_weights, save_weights
+from voxtrast.methods.backbone import BackboneConfig, build_network, transferable_state
+
+from .label_plan import PLATEAU, Job, Plan, Task, read_plan
+from .machine import machine
+from .voxel_probes import probe
+
+# Of a fine-tuning's line: what it computed, without the paths and names of this machine.
+KEPT = ("labels", "seed", "steps", "batch", "learning_rate", "weight_decay", "crop", "flips", "dice", "hd95",
+        "surface_distance", "cases", "train_cases", "classes", "loss", "seconds", "training_seconds", "weights_sha256",
+        "threads")  # fmt: skip
+
+
+def tune(plan: Plan, task: Task, job: Job, store: Path, run: Path | None, device: str) -> dict[str, Any]:
+    """The line of a fine-tuning."""
+    settings = dict(task.finetune)
+    if job.arm == PLATEAU:
+        settings["steps"] = task.plateau_steps
+    with tempfile.TemporaryDirectory() as folder:
+        weights = run / RUN_WEIGHTS if run else untrained(plan, Path(folder))
+        line = finetune(
+            weights, store, labels=job.labels, seed=job.seed, from_scratch=run is None, device=device,
+            test_cases=task.test_cases, output=folder, progress=False,
+            **settings | {"crop": tuple(settings["crop"])},
+        )  # fmt: skip
+    return {key: line[key] for key in KEPT if key in line}
+
+
+def untrained(plan: Plan, folder: Path) -> Path:
+    """A weights file of the plan's network as it begins: training from scratch takes its architecture alone."""
+    config: BackboneConfig = load_config("mae-tiny", plan.backbone).backbone
+    file = folder / "untrained.safetensors"
+    save_weights(
+        file, transferable_state(build_network(config, classes=2)), {"format": 1, "backbone": config.to_dict()}
+    )
+    return file
+
+
+def told_of(run: Path) -> dict[str, Any]:
+    """What a pretraining took, from its log and its weights."""
+    description = load_weights(run / RUN_WEIGHTS)[1]
+    lines = [json.loads(text) for text in (run / "log.jsonl").read_text().splitlines()]
+    batch = load_batch(run)
+    seconds = [batch / line["samples_per_second"] for line in lines]
+    return {
+        "recipe": description["recipe"],
+        "steps": description["step"],
+        "samples": batch * description["step"],
+        "seconds": round(sum(seconds), 1),
+        "median_step_s": round(statistics.median(seconds), 4),
+        "loss": {"first": lines[0]["loss"], "last": statistics.mean(line["loss"] for line in lines[-10:])},
+        "untrained": len(description.get("untrained", [])),
+    }
+
+
+def load_batch(run: Path) -> int:
+    from voxtrast.engine.config import read_config
+
+    return read_config(run / "config.yaml").train.global_batch
+
+
+def main(about: dict[str, Any]) -> None:
+    torch.set_num_threads(about["threads"])
+    job = Job(**about["job"])
+    plan = read_plan(Path(about["plan"]) if about["plan"] else None)
+    task, store = plan.tasks[job.task], Path(about["store"])
+    run = Path(about["pretrained"]) if about["pretrained"] else None
+    line: dict[str, Any] = {**machine(), "kind": job.kind, "task": job.task, "arm": job.arm, "labels": job.labels,
+                            "seed": job.seed}  # fmt: skip
+    if run:
+        line["pretraining"] = told_of(run)
+    if job.kind == "finetune":
+        line |= tune(plan, task, job, store, run, about["device"])
+    else:
+        weights = run / RUN_WEIGHTS if run else None
+        line |= probe(plan, task, Store(store), weights, seed=job.seed, device=torch.device(about["device"]))
+    result = Path(about["result"])
+    result.with_suffix(".part").write_text(json.dumps(line, allow_nan=False))
+    result.with_suffix(".part").rename(result)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,204 @@
+"""Tables and plots from the lines of the label-efficiency benchmark."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from voxtrast.engine.downstream.table import paired_difference
+from voxtrast.engine.errors import UserError
+
+from .label_plan import PLATEAU, SCRATCH
+from .voxel_probes import PARTS, RIGHT_VOXELS
+
+Line = dict[str, Any]
+BASELINES = (SCRATCH, "mae")  # that the others are compared with
+TUNED = ("labels", "arm", "seeds", "Dice", "classes", "difference to scratch", "cases better", "difference to MAE")
+PROBED = ("arm", "seeds", "linear, encoder", "linear, all maps", "matches, encoder", "matches, all maps")
+COST = ("arm", "steps", "samples", "pretraining, min", "loss", "tensors not reached")
+
+
+def read(files: Iterable[Path]) -> list[Line]:
+    """The lines of the benchmark in these files; other lines are passed over. A run that is there twice counts once,
+    the last time.
+
+    Raises: UserError for a missing file or a broken line.
+    """
+    found: dict[tuple[Any, ...], Line] = {}
+    for file in files:
+        try:
+            texts = file.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise UserError(
+                f"{file}: cannot be read ({error.strerror}); expected the lines of this benchmark"
+            ) from None
+        for number, text in enumerate(texts, 1):
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                raise UserError(f"{file}, line {number}: no JSON; remove the line") from None
+            if line.get("kind") in ("finetune", "probe"):
+                key = tuple(line[name] for name in ("kind", "task", "arm", "labels", "seed", "setting"))
+                found[key] = line
+    return list(found.values())
+
+
+def tables(lines: Sequence[Line]) -> str:
+    """Markdown: for each task Dice by number of labels and arm, what frozen features say, what pretraining took."""
+    if not lines:
+        return "no results yet"
+    parts = []
+    for task in dict.fromkeys(line["task"] for line in lines):
+        for transductive in (False, True):
+            mine = [line for line in lines if line["task"] == task and bool(line["transductive"]) == transductive]
+            if mine:
+                seen = "their images were pretrained on" if transductive else "held aside from pretraining"
+                parts.append(f"### {task}\n\n{_about(mine)}; test cases: {seen}.")
+                parts += [_markdown(head, rows) for head, rows in _sections(mine) if rows]
+    return "\n\n".join(parts) + "\n"
+
+
+def _sections(lines: Sequence[Line]) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    return [(TUNED, _tuned_rows(lines)), (PROBED, _probed_rows(lines)), (COST, _cost_rows(lines))]
+
+
+def _about(lines: Sequence[Line]) -> str:
+    tuned = [line for line in lines if line["kind"] == "finetune"]
+    if not tuned:
+        return "no fine-tuning yet"
+    first = tuned[0]
+    steps = sorted({line["steps"] for line in tuned})
+    hours = sum(line["seconds"] for line in tuned) / 3600
+    crop = "x".join(map(str, first["crop"]))
+    return (
+        f"{len(first['cases'])} test cases, {' or '.join(map(str, steps))} steps of {first['batch']} crops {crop}, "
+        f"{len(tuned)} fine-tunings of {hours:.1f} h in all, {', '.join(dict.fromkeys(x['device'] for x in tuned))}"
+    )
+
+
+def runs_of(lines: Sequence[Line], labels: int, arm: str) -> dict[int, Line]:
+    """Fine-tunings by seed."""
+    return {
+        line["seed"]: line
+        for line in lines
+        if line["kind"] == "finetune" and line["labels"] == labels and line["arm"] == arm
+    }
+
+
+def arms_of(lines: Sequence[Line]) -> list[str]:
+    """Scratch, its plateau, the masked autoencoder, then the methods by name."""
+    order = {SCRATCH: 0, PLATEAU: 1, "mae": 2}
+    return sorted({line["arm"] for line in lines}, key=lambda arm: (order.get(arm, 3), arm))
+
+
+def _tuned_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
+    rows = []
+    for labels in sorted({line["labels"] for line in lines if line["kind"] == "finetune"}):
+        for arm in arms_of(lines):
+            runs = runs_of(lines, labels, arm)
+            if not runs:
+                continue
+            means = [run["dice"]["mean"] for run in runs.values()]
+            spread = f" ± {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
+            classes = {key: np.mean([run["dice"]["classes"][key] for run in runs.values()]) for key in
+                       next(iter(runs.values()))["dice"]["classes"]}  # fmt: skip
+            compared = [_difference(runs, runs_of(lines, labels, base)) if arm != base else ("", "")
+                        for base in BASELINES]  # fmt: skip
+            rows.append(
+                (
+                    str(labels),
+                    arm,
+                    str(len(runs)),
+                    f"{np.mean(means):.3f}{spread}",
+                    ", ".join(f"{key}: {value:.2f}" for key, value in classes.items()),
+                    *compared[0],
+                    compared[1][0],
+                )
+            )
+    return rows
+
+
+def _difference(runs: dict[int, Line], base: dict[int, Line]) -> tuple[str, str]:
+    """Of the seeds that both have: mean and 95 % interval over seeds and cases, and how many cases are better."""
+    shared = sorted(set(runs) & set(base))
+    if not shared:
+        return "", ""
+    found = paired_difference([(runs[seed], base[seed]) for seed in shared])
+    return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})", f"{found.better} of {found.cases}"
+
+
+def _probed_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
+    rows = []
+    probed = [line for line in lines if line["kind"] == "probe"]
+    for arm in arms_of(probed):
+        mine = [line for line in probed if line["arm"] == arm]
+        dice = [_mean_and_spread([line["linear"][part]["dice"]["mean"] for line in mine]) for part in PARTS]
+        right = [_mean_and_spread([line["correspondence"][part]["right"] for line in mine]) for part in PARTS]
+        rows.append((arm, str(len(mine)), *dice, *right))
+    if probed:
+        chance = [line["correspondence"]["chance"]["right"] for line in probed]
+        rows.append(("a place at random", "", "", "", *[_mean_and_spread(chance)] * 2))
+    return rows
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
+def _cost_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
+    told: dict[str, Line] = {line["arm"]: line["pretraining"] for line in lines if "pretraining" in line}
+    return [
+        (
+            arm,
+            str(about["steps"]),
+            str(about["samples"]),
+            f"{about['seconds'] / 60:.1f}",
+            f"{about['loss']['first']:.3g} to {about['loss']['last']:.3g}",
+            str(about["untrained"]),
+        )
+        for arm, about in ((arm, told[arm]) for arm in arms_of(lines) if arm in told)
+    ]
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    note = (
+        f"\n\nmatches: share of voxels found within {RIGHT_VOXELS:g} voxels in the other view" if head is PROBED else ""
+    )
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + note
+
+
+def plot(lines: Sequence[Line], path: Path) -> None:
+    """Dice against the number of labels, mean and standard deviation over seeds, a panel a task."""
+    from matplotlib.figure import Figure
+
+    tuned = [line for line in lines if line["kind"] == "finetune" and not line["transductive"]]
+    names = list(dict.fromkeys(line["task"] for line in tuned))
+    figure = Figure(figsize=(6.5 * max(1, len(names)), 5), layout="constrained")
+    every = arms_of(tuned)
+    for axes, task in zip(figure.subplots(1, max(1, len(names)), squeeze=False)[0], names, strict=False):
+        mine = [line for line in tuned if line["task"] == task]
+        counts = sorted({line["labels"] for line in mine})
+        for index, arm in enumerate(every):
+            there = [n for n in counts if runs_of(mine, n, arm)]
+            means = [[run["dice"]["mean"] for run in runs_of(mine, n, arm).values()] for n in there]
+            if not there:
+                continue
+            shift = 2 ** (0.03 * (index - len(every) / 2))  # so that bars do not hide each other
+            axes.errorbar(
+                [n * shift for n in there], [np.mean(each) for each in means],
+                yerr=[np.std(each, ddof=1) if len(each) > 1 else 0.0 for each in means],
+                label=f"{arm} ({max(map(len, means))} seeds)", color="black" if arm in (SCRATCH, PLATEAU) else f"C{index}",
+                linestyle=":" if arm == PLATEAU else "--" if arm == SCRATCH else "-", marker="o", capsize=2,
+            )  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [str(n) for n in counts])
+        axes.set_xlabel("labelled cases")
+        axes.set_ylabel("mean Dice of the test cases")
+        axes.set_title(f"{task}, {mine[0]['device']}")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=130)
