@@ -83,7 +83,11 @@ class Bench:
 
     def command(self, job: Job, result: Path) -> list[str]:
         if job.kind != "pretrain":
-            about = {"job": vars(job), "plan": self.plan_file and str(self.plan_file), "result": str(result)}
+            about: dict[str, Any] = {
+                "job": vars(job),
+                "plan": self.plan_file and str(self.plan_file),
+                "result": str(result),
+            }
             about |= {"store": str(self.stores[job.task].path), "device": self.device, "threads": self.threads}
             about |= {"pretrained": str(self.run_folder(job.needs)) if job.needs else None}
             return [sys.executable, "-m", "voxtrast.benchmarks.label_job", json.dumps(about)]

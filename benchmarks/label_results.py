@@ -94,7 +94,7 @@ def arms_of(lines: Sequence[Line]) -> list[str]:
 
 
 def _tuned_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for labels in sorted({line["labels"] for line in lines if line["kind"] == "finetune"}):
         for arm in arms_of(lines):
             runs = runs_of(lines, labels, arm)
@@ -130,7 +130,7 @@ def _difference(runs: dict[int, Line], base: dict[int, Line]) -> tuple[str, str]
 
 
 def _probed_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     probed = [line for line in lines if line["kind"] == "probe"]
     for arm in arms_of(probed):
         mine = [line for line in probed if line["arm"] == arm]
@@ -191,7 +191,8 @@ def plot(lines: Sequence[Line], path: Path) -> None:
             axes.errorbar(
                 [n * shift for n in there], [np.mean(each) for each in means],
                 yerr=[np.std(each, ddof=1) if len(each) > 1 else 0.0 for each in means],
-                label=f"{arm} ({max(map(len, means))} seeds)", color="black" if arm in (SCRATCH, PLATEAU) else f"C{index}",
+                label=f"{arm} ({max(map(len, means))} seeds)",
+                color="black" if arm in (SCRATCH, PLATEAU) else f"C{index}",
                 linestyle=":" if arm == PLATEAU else "--" if arm == SCRATCH else "-", marker="o", capsize=2,
             )  # fmt: skip
         axes.set_xscale("log", base=2)

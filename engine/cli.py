@@ -196,7 +196,7 @@ def bench(
         str,
         typer.Argument(
             help="kernels: fused operators; data: views; train: a step by its parts; prepare: resampling; "
-            "methods: whole trainings; scaling: the engine on one and more ranks; label-efficiency: Dice with few labels."
+            "methods: whole trainings; scaling: one and more ranks; label-efficiency: Dice with few labels."
         ),
     ] = "kernels",
 ) -> None:
