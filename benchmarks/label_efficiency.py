@@ -12,6 +12,7 @@ that keeps arms, tasks and seeds in balance. The test cases of a task are held a
 """
 
 import argparse
+import fcntl
 import json
 import os
 import signal
@@ -36,6 +37,7 @@ from voxtrast.engine.weights import RUN_WEIGHTS
 
 from .harness import append
 from .label_plan import Job, Plan, Task, pretraining, read_plan, setting
+from .label_results import KEY, plot, read, tables
 from .machine import machine, results_file
 
 Line = dict[str, Any]
@@ -72,14 +74,9 @@ class Bench:
     def key(self, job: Job) -> tuple[Any, ...]:
         return (job.kind, job.task, job.arm, job.labels, job.seed, setting(self.plan, job, self.transductive))
 
-    def lines(self) -> list[Line]:
-        if not self.file.is_file():
-            return []
-        return [json.loads(text) for text in self.file.read_text(encoding="utf-8").splitlines()]
-
     def done(self) -> set[tuple[Any, ...]]:
-        names = ("kind", "task", "arm", "labels", "seed", "setting")
-        return {tuple(line[name] for name in names) for line in self.lines()}
+        lines = read([self.file]) if self.file.is_file() else []
+        return {tuple(line[name] for name in KEY) for line in lines}
 
     def command(self, job: Job, result: Path) -> list[str]:
         if job.kind != "pretrain":
@@ -129,13 +126,16 @@ def check_task(task: Task, store: Store) -> None:
 
 
 def run(bench: Bench, jobs: Sequence[Job], hours: float) -> list[Job]:
-    """Runs what has no line yet, `workers` at a time, until all is done or the time is up; gives those that failed."""
+    """Runs what has no line yet, `workers` at a time, until all is done or the time is up; gives those that failed.
+
+    Raises: UserError where another process does the same in the same folder.
+    """
     deadline = time.monotonic() + 3600 * hours
     done = bench.done()
     waiting = [job for job in jobs if not bench.is_done(job, done)]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done", file=sys.stderr)
     failed: list[Job] = []
-    with tempfile.TemporaryDirectory() as folder, _processes() as running:
+    with _alone(bench.into), tempfile.TemporaryDirectory() as folder, _processes() as running:
         while waiting or running:
             for job in list(running):
                 if running[job].poll() is not None:
@@ -186,6 +186,17 @@ def _finish(bench: Bench, job: Job, code: int, result: Path, failed: list[Job]) 
 
 
 @contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: in use by another run of this benchmark; wait for it or stop it") from None
+        yield
+
+
+@contextmanager
 def _processes() -> Iterator[dict[Job, subprocess.Popen[bytes]]]:
     """The runs under way; none outlives this one, however it ends. A pretraining saves, and goes on the next time."""
     running: dict[Job, subprocess.Popen[bytes]] = {}
@@ -221,8 +232,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="only print the tables of these lines")
     parser.add_argument("--plot", type=Path, metavar="PICTURE", help="draw Dice against labels")
     chosen = parser.parse_args(arguments)
-    from .label_results import plot, read, tables
-
     try:
         if chosen.table:
             lines, failed = read(chosen.table), []

@@ -14,6 +14,7 @@ from .label_plan import PLATEAU, SCRATCH
 from .voxel_probes import PARTS, RIGHT_VOXELS
 
 Line = dict[str, Any]
+KEY = ("kind", "task", "arm", "labels", "seed", "setting")  # what makes two lines the same run
 BASELINES = (SCRATCH, "mae")  # that the others are compared with
 TUNED = ("labels", "arm", "seeds", "Dice", "classes", "difference to scratch", "cases better", "difference to MAE")
 PROBED = ("arm", "seeds", "linear, encoder", "linear, all maps", "matches, encoder", "matches, all maps")
@@ -40,8 +41,7 @@ def read(files: Iterable[Path]) -> list[Line]:
             except json.JSONDecodeError:
                 raise UserError(f"{file}, line {number}: no JSON; remove the line") from None
             if line.get("kind") in ("finetune", "probe"):
-                key = tuple(line[name] for name in ("kind", "task", "arm", "labels", "seed", "setting"))
-                found[key] = line
+                found[tuple(line[name] for name in KEY)] = line
     return list(found.values())
 
 

@@ -1,0 +1,239 @@
+"""The label-efficiency benchmark: its plan, the order of its runs, going on where it was, its tables, its probes."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from voxtrast.benchmarks import label_efficiency, label_results
+from voxtrast.benchmarks.label_efficiency import Bench, check_task, run
+from voxtrast.benchmarks.label_plan import PLAN, PLATEAU, SCRATCH, Job, Plan, Task, pretraining, read_plan, setting
+from voxtrast.benchmarks.voxel_probes import match
+from voxtrast.engine.data.splits import held_aside
+from voxtrast.engine.data.store import Store
+from voxtrast.engine.errors import UserError
+
+SMALL = {
+    "backbone": ["backbone.features=[4,8]", "backbone.norm=instance"],
+    "labels": [2, 1],
+    "seeds": [0],
+    "plateau_labels": [1],
+    "pretrain": ["train.steps=2", "train.global_batch=2", "schedule.warmup_steps=1", "validation.every=0"],
+    "tasks": {
+        "made": {
+            "data": "raw",
+            "classes": {1: "bright"},
+            "spacing_mm": 1.0,
+            "test_cases": 2,
+            "finetune": {"steps": 2, "batch": 1, "learning_rate": 0.003, "crop": [16, 16, 16]},
+            "plateau_steps": 3,
+            "pretrain": {"mae": ["views.crop=[16,16,16]"], "pcl": ["views.crop=[8,16,16]"]},
+        }
+    },
+}
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump(SMALL))
+    return file
+
+
+@pytest.fixture
+def bench(plan_file: Path, tmp_path: Path) -> Bench:
+    return Bench(read_plan(plan_file), plan_file, tmp_path / "into", tmp_path / "lines.jsonl", False, "cpu", 2)
+
+
+def line(arm: str, labels: int, seed: int, dice: list[float], **others: Any) -> dict[str, Any]:
+    cases = [{"case": f"case{index}", "dice": {"1": each}, "mean": each} for index, each in enumerate(dice)]
+    mean = sum(dice) / len(dice)
+    about = {"kind": "finetune", "task": "made", "setting": "x", "transductive": False, "device": "a machine"}
+    about |= {"steps": 2, "batch": 1, "crop": [16, 16, 16], "seconds": 36.0, "cases": cases}
+    return about | {"arm": arm, "labels": labels, "seed": seed, "dice": {"mean": mean, "classes": {"1": mean}}} | others
+
+
+def test_the_plan_of_the_package_can_be_carried_out_and_names_every_method() -> None:
+    plan = read_plan()
+    for task in plan.tasks.values():
+        assert set(task.pretrain) == {"cover", "dira", "jcl", "mae", "pcl", "pcrl", "pcrlv2"}
+    assert len(plan.seeds) >= 3
+    assert sorted(plan.labels) == [2, 4, 8, 16]
+
+
+def test_arms_and_tasks_stay_in_balance_whenever_it_is_stopped() -> None:
+    plan = read_plan()
+    counts: dict[tuple[str, str], int] = {}
+    for job in plan.jobs():
+        if job.kind == "finetune" and job.arm != PLATEAU:
+            counts[job.task, job.arm] = counts.get((job.task, job.arm), 0) + 1
+            assert max(counts.values()) - min(counts.values()) <= 1 or len(counts) < 2 * 8
+    assert set(counts.values()) == {len(plan.labels) * len(plan.seeds)}
+    jobs = list(plan.jobs())
+    assert len(set(jobs)) == len(jobs)
+    for index, job in enumerate(jobs):
+        assert job.needs is None or job.needs in jobs[:index]
+
+
+def test_a_result_counts_for_what_was_set_when_it_was_made(bench: Bench) -> None:
+    plan, task = bench.plan, bench.plan.tasks["made"]
+    tuned, scratch, long = (Job("finetune", "made", arm, 1, 0) for arm in ("mae", SCRATCH, PLATEAU))
+
+    def changed(**values: Any) -> Plan:
+        return replace(plan, tasks={"made": replace(task, **values)})
+
+    longer = changed(pretrain={**task.pretrain, "mae": ["train.steps=9"]})
+    assert setting(longer, tuned, False) != setting(plan, tuned, False)
+    assert setting(longer, scratch, False) == setting(plan, scratch, False)
+    plateau = changed(plateau_steps=99)
+    assert setting(plateau, long, False) != setting(plan, long, False)
+    assert setting(plateau, tuned, False) == setting(plan, tuned, False)
+    rate = changed(finetune={**task.finetune, "learning_rate": 0.1})
+    assert setting(rate, tuned, False) != setting(plan, tuned, False)
+    assert pretraining(rate, tuned, False) == pretraining(plan, tuned, False)  # the same weights
+    assert setting(plan, tuned, True) != setting(plan, tuned, False)
+    assert setting(plan, scratch, True) == setting(plan, scratch, False)
+
+
+def test_what_has_its_line_is_not_run_again_and_what_fails_takes_what_needs_it_along(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = tmp_path / "begun.txt"
+
+    def command(bench: Bench, job: Job, result: Path) -> list[str]:
+        begun.open("a").write(f"{job}\n")
+        if job.kind == "pretrain":
+            if job.arm == "pcl":
+                return [sys.executable, "-c", "print('no volume can be read'); raise SystemExit(3)"]
+            bench.weights(job).parent.mkdir(parents=True)
+            return [sys.executable, "-c", f"open({str(bench.weights(job))!r}, 'w')"]
+        text = json.dumps({**vars(job), "dice": {"mean": 0.5}})
+        return [sys.executable, "-c", f"open({str(result)!r}, 'w').write({text!r})"]
+
+    monkeypatch.setattr(Bench, "command", command)
+    jobs = list(bench.plan.jobs())
+    failed = run(bench, jobs[:6], hours=1)
+    assert [str(job) for job in failed] == ["made: pretrain pcl"]
+    assert "made: pretrain pcl: failed with exit code 3: no volume can be read" in capsys.readouterr().err
+    first = begun.read_text().splitlines()
+    assert not any("finetune pcl" in each for each in first)
+    assert sum("finetune" in each for each in first) == 3  # two labels' scratch, and mae's
+    run(bench, jobs, hours=1)
+    second = begun.read_text().splitlines()[len(first) :]
+    assert not set(second) & set(first) - {"made: pretrain pcl"}
+    assert {tuple(each[key] for key in ("kind", "arm", "labels")) for each in label_results.read([bench.file])} == {
+        ("finetune", SCRATCH, 2), ("finetune", "mae", 2), ("finetune", SCRATCH, 1), ("finetune", "mae", 1),
+        ("probe", SCRATCH, 0), ("probe", "mae", 0), ("finetune", PLATEAU, 1),
+    }  # fmt: skip
+
+
+def test_nothing_begins_after_the_time_and_nothing_beside_another(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bench, "command", lambda *_: pytest.fail("a run began"))
+    assert run(bench, list(bench.plan.jobs()), hours=-1) == []
+    with label_efficiency._alone(bench.into), pytest.raises(UserError, match="in use by another run"):
+        run(bench, list(bench.plan.jobs()), hours=1)
+
+
+def test_the_same_image_on_both_sides_of_the_split_is_refused(tiny_store: Path, bench: Bench) -> None:
+    store, task = Store(tiny_store), bench.plan.tasks["made"]
+    check_task(task, store)
+    kept, aside = held_aside(store.cases, count=2)
+    store.cases = [replace(case, sha256=kept[0].sha256) if case.id == aside[0].id else case for case in store.cases]
+    with pytest.raises(UserError, match=f"the test case {aside[0].id} holds the same image as {kept[0].id}"):
+        check_task(task, store)
+
+
+def test_labels_that_are_not_the_plans_are_refused(tiny_store: Path, bench: Bench) -> None:
+    task: Task = replace(bench.plan.tasks["made"], classes={1: "bright", 2: "dark"})
+    with pytest.raises(UserError, match=r"the plan names the classes \[1, 2\], the labels hold \[1\]"):
+        check_task(task, Store(tiny_store))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": None}, "expected the keys"),
+        ({"tasks": {"made": {"data": "raw"}}}, "tasks.made: expected the keys"),
+        ({"backbone": ["backbone.featurs=[4]"]}, "featurs"),
+    ],
+)
+def test_a_plan_that_is_wrong_is_refused_before_anything_runs(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    content = {key: value for key, value in {**SMALL, **change}.items() if value is not None}
+    file = tmp_path / "wrong.yaml"
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=message):
+        read_plan(file)
+
+
+def test_tables_compare_seed_by_seed_and_case_by_case(tmp_path: Path) -> None:
+    lines = [line(SCRATCH, 2, seed, [0.5, 0.6]) for seed in range(3)]
+    lines += [line("cover", 2, seed, [0.6, 0.7]) for seed in range(3)]
+    lines += [line("mae", 2, 0, [0.5, 0.5])]
+    lines += [line("mae", 2, 0, [0.55, 0.65])]  # repeated: the last counts
+    file = tmp_path / "lines.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in [{"op": "another benchmark"}, *lines]))
+    text = label_results.tables(label_results.read([file]))
+    rows = {row.split(" | ")[1]: row for row in text.splitlines() if row.startswith("| 2 ")}
+    assert list(rows) == [SCRATCH, "mae", "cover"]
+    assert (
+        "| 0.650 ± 0.000 | 1: 0.65 | +0.100 (+0.100 to +0.100) | 2 of 2 | +0.050 (+0.050 to +0.050) |" in rows["cover"]
+    )
+    assert "| 0.600 | 1: 0.60 | +0.050 (+0.050 to +0.050) | 2 of 2 |  |" in rows["mae"]
+    label_results.plot(lines, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    file.write_text(json.dumps(line(SCRATCH, 2, 0, [0.5])) + "\n{\n")
+    with pytest.raises(UserError, match="line 2: no JSON"):
+        label_results.read([file])
+
+
+def test_the_nearest_features_are_found_whatever_their_scale_and_offset() -> None:
+    moving = torch.randn(12, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    moving = moving * torch.logspace(-3, 3, 12)[:, None, None, None] + 100
+    fixed = moving.roll((1, 2), dims=(1, 3))
+    places = torch.tensor([[1.0, 0.0, 2.0], [3.0, 4.0, 5.0]])
+    expected = torch.tensor([[0.0, 0.0, 0.0], [2.0, 4.0, 3.0]])
+    assert torch.equal(match(fixed, moving, places), expected)
+
+
+@pytest.mark.slow
+def test_a_small_plan_runs_from_raw_volumes_to_its_tables(tiny_store: Path, plan_file: Path, tmp_path: Path) -> None:
+    words = ["--data", str(tiny_store.parent), "--into", str(tmp_path / "into"), "--plan", str(plan_file)]
+    command = [sys.executable, "-m", "voxtrast.benchmarks.label_efficiency", *words, "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = label_results.read([tmp_path / "into" / "results.jsonl"])
+    assert len(lines) == 2 * 3 + 3 + 1
+    found = {(each["kind"], each["arm"], each["labels"]): each for each in lines}
+    tests = {tuple(case["case"] for case in each["cases"]) for each in lines if each["kind"] == "finetune"}
+    assert len(tests) == 1
+    assert found["finetune", PLATEAU, 1]["steps"] == 3
+    assert found["finetune", "mae", 1]["pretraining"]["steps"] == 2
+    assert found["finetune", "pcl", 1]["pretraining"]["untrained"] > 0
+    assert "pretraining" not in found["finetune", SCRATCH, 1]
+    assert str(tmp_path) not in (tmp_path / "into" / "results.jsonl").read_text()
+    assert 0 <= found["probe", "mae", 0]["correspondence"]["encoder"]["right"] <= 1
+    assert found["probe", "mae", 0]["linear"]["encoder"]["dice"]["mean"] > 0
+    assert "### made" in done.stdout
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert "12 of 12 runs are done" in again.stderr
+    assert label_results.read([tmp_path / "into" / "results.jsonl"]) == lines
+
+
+def test_the_package_holds_the_plan() -> None:
+    from importlib import resources
+
+    assert (resources.files("voxtrast.benchmarks") / PLAN).is_file()
