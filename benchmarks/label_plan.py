@@ -82,12 +82,12 @@ class Job:
 
 
 def pretraining(plan: Plan, job: Job, transductive: bool) -> str:
-    """Checksum of all that decides an arm's weights but the code; the same for all arms that have none."""
+    """Checksum of all that decides an arm's weights but recipe and code; the same for all arms that have none."""
     if job.arm in (SCRATCH, PLATEAU):
         return "none"
     task = plan.tasks[job.task]
     seen = [task.data, task.spacing_mm, 0 if transductive else task.test_cases]
-    return _checksum([seen, plan.words(task, job.arm)])
+    return _checksum([job.arm, seen, plan.words(task, job.arm)])
 
 
 def setting(plan: Plan, job: Job, transductive: bool) -> str:
