@@ -29,11 +29,12 @@ from typing import Any
 
 import torch
 
+from voxtrast.engine.config import load_config
 from voxtrast.engine.data.prepare import prepare
 from voxtrast.engine.data.splits import fraction_for, held_aside
 from voxtrast.engine.data.store import Case, Store
 from voxtrast.engine.errors import UserError
-from voxtrast.engine.weights import RUN_WEIGHTS
+from voxtrast.engine.weights import RUN_WEIGHTS, load_weights
 
 from .harness import append
 from .label_plan import Job, Plan, Task, pretraining, read_plan, setting
@@ -69,7 +70,14 @@ class Bench:
         return self.run_folder(job.needs or job) / RUN_WEIGHTS
 
     def is_done(self, job: Job, lines: set[tuple[Any, ...]]) -> bool:
-        return self.weights(job).is_file() if job.kind == "pretrain" else self.key(job) in lines
+        return self.is_pretrained(job) if job.kind == "pretrain" else self.key(job) in lines
+
+    def is_pretrained(self, job: Job) -> bool:
+        """Whether it took all of its steps: a run that was cut off has weights as well."""
+        if not self.weights(job).is_file():
+            return False
+        steps = load_config(f"{job.arm}-tiny", self.plan.words(self.plan.tasks[job.task], job.arm)).train.steps
+        return bool(load_weights(self.weights(job))[1]["step"] == steps)
 
     def key(self, job: Job) -> tuple[Any, ...]:
         return (job.kind, job.task, job.arm, job.labels, job.seed, setting(self.plan, job, self.transductive))
@@ -133,6 +141,7 @@ def run(bench: Bench, jobs: Sequence[Job], hours: float) -> list[Job]:
     deadline = time.monotonic() + 3600 * hours
     done = bench.done()
     waiting = [job for job in jobs if not bench.is_done(job, done)]
+    pretrained = {job for job in jobs if job.kind == "pretrain"} - set(waiting)
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done", file=sys.stderr)
     failed: list[Job] = []
     with _alone(bench.into), tempfile.TemporaryDirectory() as folder, _processes() as running:
@@ -141,8 +150,9 @@ def run(bench: Bench, jobs: Sequence[Job], hours: float) -> list[Job]:
                 if running[job].poll() is not None:
                     process = running.pop(job)
                     _finish(bench, job, process.returncode, _result(folder, job), failed)
+                    pretrained |= {job} - set(failed)
             waiting = [job for job in waiting if job not in failed and job.needs not in failed]
-            ready = [job for job in waiting if job.needs is None or bench.weights(job).is_file()]
+            ready = [job for job in waiting if job.needs is None or job.needs in pretrained]
             late = time.monotonic() > deadline
             if late and not running:
                 break
@@ -170,7 +180,7 @@ def _start(bench: Bench, job: Job, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def _finish(bench: Bench, job: Job, code: int, result: Path, failed: list[Job]) -> None:
-    if code or (job.kind != "pretrain" and not result.is_file()):
+    if code or not (bench.is_pretrained(job) if job.kind == "pretrain" else result.is_file()):
         log = bench.into / "logs" / f"{_result('', job).stem}.txt"
         last = [text for text in log.read_text(errors="replace").splitlines() if text.strip()][-1:]
         print(f"{job}: failed with exit code {code}: {' '.join(last)} ({log})", file=sys.stderr)

@@ -18,6 +18,7 @@ from voxtrast.benchmarks.voxel_probes import match
 from voxtrast.engine.data.splits import held_aside
 from voxtrast.engine.data.store import Store
 from voxtrast.engine.errors import UserError
+from voxtrast.engine.weights import save_weights
 
 SMALL = {
     "backbone": ["backbone.features=[4,8]", "backbone.norm=instance"],
@@ -111,8 +112,8 @@ def test_what_has_its_line_is_not_run_again_and_what_fails_takes_what_needs_it_a
         if job.kind == "pretrain":
             if job.arm == "pcl":
                 return [sys.executable, "-c", "print('no volume can be read'); raise SystemExit(3)"]
-            bench.weights(job).parent.mkdir(parents=True)
-            return [sys.executable, "-c", f"open({str(bench.weights(job))!r}, 'w')"]
+            save_weights(bench.weights(job), {}, {"format": 1, "backbone": {}, "step": 2})
+            return [sys.executable, "-c", ""]
         text = json.dumps({**vars(job), "dice": {"mean": 0.5}})
         return [sys.executable, "-c", f"open({str(result)!r}, 'w').write({text!r})"]
 
@@ -131,6 +132,14 @@ def test_what_has_its_line_is_not_run_again_and_what_fails_takes_what_needs_it_a
         ("finetune", SCRATCH, 2), ("finetune", "mae", 2), ("finetune", SCRATCH, 1), ("finetune", "mae", 1),
         ("probe", SCRATCH, 0), ("probe", "mae", 0), ("finetune", PLATEAU, 1),
     }  # fmt: skip
+
+
+def test_a_pretraining_that_was_cut_off_is_not_done(bench: Bench) -> None:
+    job = Job("pretrain", "made", "mae")
+    assert not bench.is_done(job, set())
+    for step in (1, 2):
+        save_weights(bench.weights(job), {}, {"format": 1, "backbone": {}, "step": step})
+        assert bench.is_done(job, set()) == (step == 2)
 
 
 def test_nothing_begins_after_the_time_and_nothing_beside_another(
