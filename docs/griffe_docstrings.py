@@ -1,0 +1,16 @@
+"""Lets the reference of Python read our docstrings: `Returns: text` and `Raises: Error when` on one line are sections."""
+
+import re
+from typing import Any
+
+import griffe
+
+RETURNS = re.compile(r"^(Returns|Yields): (?=\S)", re.MULTILINE)
+RAISES = re.compile(r"^Raises: (\w+)[,:]? (?=\S)", re.MULTILINE)
+
+
+class OneLineSections(griffe.Extension):
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring:
+            text = RETURNS.sub(r"\1:\n    ", obj.docstring.value)
+            obj.docstring.value = RAISES.sub(r"Raises:\n    \1: ", text)
