@@ -1,4 +1,4 @@
-"""Lets the reference of Python read our docstrings: `Returns: text` and `Raises: Error when` on one line are sections."""
+"""Lets the reference of Python read our docstrings, in which `Returns: text` on one line is a section."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the site needs beyond the pages: pictures of the benchmarks, drawings of the methods, and the package's sources."""
+"""What the site needs beyond the pages: pictures of benchmarks, drawings of methods, and the package's sources."""
 
 import hashlib
 import re

@@ -175,7 +175,7 @@ class CutOutOutside(Boxes):
     """Everything but the boxes filled with one value."""
 
     side: list[float] = field(default_factory=lambda: [0.69, 0.78])
-    value: float = 0.0
+    value: float = 0.0  # likewise
 
 
 @dataclass

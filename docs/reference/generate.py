@@ -16,7 +16,7 @@ from unittest import mock
 
 import typer
 from omegaconf import OmegaConf
-from settings import Setting, description, settings_of
+from setting_fields import Setting, description, settings_of
 
 from voxtrast.engine import cli, config
 from voxtrast.methods import METHODS, BackboneConfig, recipe_names
@@ -234,7 +234,7 @@ def type_name(kind: Any) -> str:
 
 def _default(setting: Setting, nested: bool) -> str:
     if setting.default is MISSING or setting.default == "???":
-        return "from the recipe"
+        return "needed" if setting.name == "recipe" else "from the recipe"
     if not nested or not is_dataclass(setting.default):
         return f"`{_plain(setting.default)}`"
     kind, value = type(setting.default), setting.default
