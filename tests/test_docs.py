@@ -108,7 +108,7 @@ def test_every_benchmark_is_one_that_the_program_takes() -> None:
             rest = [word for word in rest if word != "RESULTS.jsonl"]
             parser.parse_args(rest) if name in ("kernels", "prepare") else parser.parse_intermixed_args(rest)
             found += 1
-    assert found > 10
+    assert found > 5
 
 
 def test_commands_within_sentences_exist_with_their_options() -> None:
