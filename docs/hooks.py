@@ -40,7 +40,8 @@ def _drawing(source: str, page: Any) -> str:
     picture = Path(page.file.abs_src_path).parent / "drawings" / f"{drawing_name(source)}.svg"
     if not picture.exists():
         raise PluginError(f"{page.file.src_uri}: a diagram changed; draw it by docs/methods/drawings/draw.sh")
-    return f'<div class="drawing" markdown>![What {page.file.name} computes](drawings/{picture.name})</div>'
+    shown = f"![What {page.file.name} computes](drawings/{picture.name})"
+    return f'<div class="drawing" markdown>[{shown}](drawings/{picture.name} "The drawing alone")</div>'
 
 
 def drawing_name(source: str) -> str:
