@@ -1,6 +1,7 @@
 # Every target builds its own environment in .venv from nothing and leaves it alone once it is there.
 #   make demo    prepare, pretrain, fine-tune, export and report on made-up subjects
 #   make test    the tests that everybody runs; make test-all adds the long ones; make lint; make wheel
+#   make docs    the site of docs/, into site/
 # PYTHON chooses the interpreter, PIP_OPTIONS goes to every `pip install`.
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu c
 # Two processes on two cores; their threads wait asleep, or each would keep the other's core busy by waiting.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all lint format wheel clean
+.PHONY: demo test test-all lint format wheel docs clean
 
 demo: $(VENV)/.built
 	$(BIN)/voxtrast demo --output runs/demo
@@ -38,8 +39,11 @@ format: $(VENV)/.built
 wheel: $(VENV)/.built
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
+docs: $(VENV)/.built
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .typing build dist *.egg-info kernels/*.so
+	rm -rf $(VENV) .typing site build dist *.egg-info kernels/*.so
 
 # torch comes first and alone: the build needs it, and what follows must find it there (see constraints.txt).
 $(VENV)/.torch: constraints.txt

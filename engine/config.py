@@ -22,7 +22,7 @@ from .weights import write_whole
 
 @dataclass
 class TrainConfig:
-    steps: int = 1000
+    steps: int = 1000  # of the optimizer, over all stages
     global_batch: int = 2  # samples per step over all ranks and micro-batches
     accumulation: int = 1  # micro-batches per step on each rank
     autocast: str = "none"  # none | bfloat16 | float16 (with a dynamic loss scale)
@@ -36,9 +36,9 @@ class TrainConfig:
 class OptimizerConfig:
     # adamw | adam | sgd | lamb | deepspeed_fused_lamb | apex_fused_adam | apex_fused_lamb
     name: str = "adamw"
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    learning_rate: float = 1e-3  # the highest of the schedule
+    weight_decay: float = 1e-4  # not of biases, norms and other vectors
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of Adam and LAMB
     eps: float = 0.0  # beside Adam's and LAMB's denominator; 0 for the optimizer's own (1e-8, LAMB 1e-6)
     momentum: float = 0.9  # of sgd
     gradient_clip: float = 0.0  # global norm; 0 for none
@@ -98,16 +98,16 @@ class DeepSpeedConfig:
 
 @dataclass
 class Config:
-    recipe: str = MISSING
+    recipe: str = MISSING  # name of a recipe, or the path of a YAML file
     data: str = ""  # the store
     data_sha256: str = ""  # of the store's index; filled in at the start, so that a resumed run meets the same cases
     output: str = ""  # the run's folder
-    seed: int = 0
+    seed: int = 0  # of everything random
     resume: str = "auto"  # auto: continue what the output folder holds | never: refuse a folder that holds a run
     device: str = "auto"  # auto | cpu | cuda
-    method: Any = MISSING
+    method: Any = MISSING  # what is learned; see the method's own settings
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    views: Any = MISSING
+    views: Any = MISSING  # what it is learned from; likewise
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     adversary_optimizer: OptimizerConfig = field(default_factory=adversary_optimizer)  # of methods that have one

@@ -38,11 +38,11 @@ class BackboneConfig:
     # plain_unet | residual_unet | residual_unet_s | residual_unet_m | residual_unet_l | resnet18_unet | resnet50_unet
     # | swin_unetr
     architecture: str = "plain_unet"
-    dimensions: int = 3
-    input_channels: int = 1
+    dimensions: int = 3  # 3, or 2 for slices
+    input_channels: int = 1  # of an image
     features: list[int] = field(default_factory=list)  # channels of the encoder maps, fine to coarse
     encoder_blocks: list[int] = field(default_factory=list)  # per level; a single number serves all
-    decoder_blocks: list[int] = field(default_factory=list)
+    decoder_blocks: list[int] = field(default_factory=list)  # likewise, one number less
     norm: str = ""  # instance | group | batch
     negative_slope: float = 0.01  # of the leaky ReLU
     skips: bool = True  # False: the decoder sees the bottleneck alone while it is pretrained

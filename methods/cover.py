@@ -61,9 +61,9 @@ class CoverConfig:
     """The paper's symbols: radius = a, units = J per level from coarse to fine, unit_channels = d."""
 
     name: str = "cover"
-    radius: int = 2
-    units: list[int] = field(default_factory=lambda: [4, 4, 4, 1, 1])
-    unit_channels: int = 8
+    radius: int = 2  # voxels that each level looks around
+    units: list[int] = field(default_factory=lambda: [4, 4, 4, 1, 1])  # one number for each decoder map
+    unit_channels: int = 8  # of the features that a unit compares
     vector_weight: float = 1.0
     consistency_weight: float = 1.0
     max_unreachable: float = 0.05  # refused above: share of valid voxels that move further than the pyramid reaches

@@ -74,15 +74,15 @@ class DiraConfig:
     target: str = "aligned"  # aligned: with the input's flips | unflipped: without them (official code)
     output: str = "linear"  # sigmoid (official code) | linear
     intensity_range: list[float] = field(default_factory=lambda: [-1.0, 1.0])  # stored values that are 0 and 1
-    temperature: float = 0.2
-    bank: int = 65536
-    momentum: float = 0.999
-    barlow_lambda: float = 0.005
+    temperature: float = 0.2  # of moco
+    bank: int = 65536  # keys that moco keeps
+    momentum: float = 0.999  # of the momentum encoder
+    barlow_lambda: float = 0.005  # weight of the entries off the diagonal
     hidden: int = 2048  # of the head
     outputs: int = 128  # of the head; published: 128 for moco, 2048 for simsiam, 8192 for barlow_twins
     predictor_hidden: int = 512  # of simsiam
     standardise: bool = True  # of moco: pooled features before the head; see parts/running_standard.py
-    critic_width: int = 64
+    critic_width: int = 64  # channels of its first layer
     gradient_penalty: float = 100.0  # of wgan_gp
     discriminative_weight: float = 1.0
     restorative_weight: float = 10.0
@@ -94,8 +94,8 @@ class DiraViews:
     """The two views of DiRA; x1 is the query, and always made clean, too."""
 
     crop: list[int] = field(default_factory=lambda: [32, 64, 64])  # D, H, W voxels (H, W for 2-D)
-    x1: View = field(default_factory=View)
-    x2: View = field(default_factory=View)
+    x1: View = field(default_factory=View)  # the query
+    x2: View = field(default_factory=View)  # the key
 
 
 class Dira(Method):

@@ -69,7 +69,7 @@ class JCLViews:
 @dataclass
 class JCLConfig(ContrastConfig):
     name: str = "jcl"
-    decoder_blocks: int = 2
+    decoder_blocks: int = 2  # that are trained, from the bottleneck up
     channels: int = 128  # of the image vectors
     global_weight: float = 1.0
     dense_weight: float = 0.5

@@ -60,8 +60,8 @@ class PcrlViews:
     """The two views, alike but for their boxes; flips and quarter turns are the transform t."""
 
     crop: list[int] = field(default_factory=lambda: [32, 64, 64])  # D, H, W voxels (H, W for 2-D)
-    x1: View = field(default_factory=lambda: View(clean=True))
-    x2: View = field(default_factory=lambda: View(clean=True))
+    x1: View = field(default_factory=lambda: View(clean=True))  # the query
+    x2: View = field(default_factory=lambda: View(clean=True))  # the key
 
 
 @dataclass
@@ -71,11 +71,11 @@ class PcrlConfig:
     name: str = "pcrl"
     contrast_weight: float = 1.0
     restoration_weight: float = 1.0
-    temperature: float = 0.2
-    bank_size: int = 16384
+    temperature: float = 0.2  # of the contrast
+    bank_size: int = 16384  # keys that are kept
     embedding: int = 128  # channels of a key, and of the projector's hidden layer
-    gate_hidden: int = 256
-    momentum: float = 0.999
+    gate_hidden: int = 256  # hidden channels of the gates
+    momentum: float = 0.999  # of the momentum encoder
     target: str = "augmented"  # of the conditioned branch: augmented | clean
     standardise: bool = False  # pooled bottlenecks relative to those of the steps before; see above
 

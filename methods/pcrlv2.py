@@ -52,10 +52,10 @@ class PcrlV2Views:
     """Two global views, the first with its clean version, and `local_count` local ones that are drawn alike."""
 
     crop: list[int] = field(default_factory=lambda: [32, 64, 64])  # D, H, W voxels (H, W for 2-D)
-    x1: View = field(default_factory=lambda: View(clean=True))
-    x2: View = field(default_factory=View)
-    local: View = field(default_factory=lambda: View(size=[16, 16, 16]))
-    local_count: int = 6
+    x1: View = field(default_factory=lambda: View(clean=True))  # the first global view
+    x2: View = field(default_factory=View)  # the second
+    local: View = field(default_factory=lambda: View(size=[16, 16, 16]))  # each of the local ones
+    local_count: int = 6  # local views a sample
 
 
 @dataclass

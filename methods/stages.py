@@ -25,7 +25,7 @@ CURVES = ("linear", "cosine")
 
 @dataclass
 class Stage:
-    name: str = "train"
+    name: str = "train"  # in every line of the log
     share: float = 1.0  # of train.steps, in proportion to the other stages
     terms: dict[str, Any] = field(default_factory=dict)  # weight, or {start, end, curve}; the method's own if empty
     global_batch: int | None = None  # train.global_batch if not given

@@ -22,15 +22,15 @@ class BoxRanges:
     or, with one of the relations, over all places that fulfil it.
     """
 
-    sides: list[list[int]] = field(default_factory=list)
-    scale: list[float] | None = None
-    aspect: list[float] | None = None
+    sides: list[list[int]] = field(default_factory=list)  # voxels; one of them is taken
+    scale: list[float] | None = None  # share of the whole
+    aspect: list[float] | None = None  # H / W, in 2-D
     iou_with: str | None = None  # intersection over union with the box of that view, within `iou`
-    iou: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    iou: list[float] = field(default_factory=lambda: [0.0, 1.0])  # the range of `iou_with`
     near: list[str] = field(
         default_factory=list
     )  # its first voxel lies at most margin_voxels outside the bounding box of those
-    margin_voxels: int = 0
+    margin_voxels: int = 0  # of `near`
     inside: str | None = None  # wholly inside the box of that view
 
 
@@ -81,8 +81,8 @@ class Contrast:
 class Brightness:
     """Adds N(0, std) + U(shift)."""
 
-    std: float = 0.1
-    shift: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    std: float = 0.1  # of what is added to the whole view
+    shift: list[float] = field(default_factory=lambda: [0.0, 0.0])  # added besides
     probability: float = 1.0
 
 
@@ -99,7 +99,7 @@ class Gamma:
 class BiasField:
     """Multiplies with the exponential of a polynomial of degree 3 whose coefficients are U(-c, c)."""
 
-    coefficient: float = 0.3
+    coefficient: float = 0.3  # c
     probability: float = 1.0
 
 
@@ -175,7 +175,7 @@ class CutOutOutside(Boxes):
     """Everything but the boxes filled with one value."""
 
     side: list[float] = field(default_factory=lambda: [0.69, 0.78])
-    value: float = 0.0
+    value: float = 0.0  # likewise
 
 
 @dataclass
@@ -187,10 +187,10 @@ class AppearanceRanges:
     amplitudes and boxes are its own. A step whose range is nothing (noise 0 to 0, factor 1 to 1) costs nothing.
     """
 
-    order: list[str] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)  # names of the steps; those that are not named are not made
     # MODULE:NAME of functions of the user's own, after all steps; see engine/data/user_functions.py
     functions: list[str] = field(default_factory=list)
-    same_choice: bool = False
+    same_choice: bool = False  # of an entry a|b|c, in all views of a slot
     noise: Noise = field(default_factory=Noise)
     blur: Blur = field(default_factory=Blur)
     contrast: Contrast = field(default_factory=Contrast)
@@ -218,14 +218,14 @@ class View:
 
     size: list[int] | None = None  # voxels; the crop's by default
     box: BoxRanges | None = None  # what is resized to `size`; the crop by default
-    affine: AffineRanges | None = None
-    elastic: ElasticRanges | None = None
+    affine: AffineRanges | None = None  # none by default
+    elastic: ElasticRanges | None = None  # none by default
     flips: list[float] = field(default_factory=list)  # probability for each axis
     quarter_turns: bool = False  # 0 to 3 of them in the plane of the last two axes, equally probable
-    appearance: AppearanceRanges | None = None
+    appearance: AppearanceRanges | None = None  # none by default
     clean: bool = False  # also the same geometry without appearance, as NAME_clean
-    displacement: bool = False
-    displacement_to: str | None = None
+    displacement: bool = False  # also the field and its mask, as "displacement" and "mask"
+    displacement_to: str | None = None  # name of the other view
 
 
 @dataclass

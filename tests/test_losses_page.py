@@ -1,4 +1,4 @@
-"""The scripts of the README that use the losses alone run as they stand, and are right about other libraries."""
+"""What the page on the losses offers in place of other libraries has their value and gradient."""
 
 import re
 from collections.abc import Callable
@@ -12,22 +12,8 @@ from torch import Tensor
 from voxtrast.benchmarks.kernels.peers import Loss, lightly_nt_xent, monai_nt_xent
 from voxtrast.benchmarks.place import Cannot
 
-README = Path(__file__).parent.parent / "README.md"
-SCRIPTS = [
-    script
-    for script in re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    if "voxtrast.engine" not in script
-]
-
-
-def test_all_four_scripts_are_found() -> None:
-    assert len(SCRIPTS) == 4
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=range(len(SCRIPTS)))
-def test_a_script_of_the_readme_runs(script: str) -> None:
-    torch.manual_seed(0)
-    exec(compile(script, "README.md", "exec"), {})
+PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "losses.md"
+SCRIPTS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("make", [monai_nt_xent, lightly_nt_xent])
@@ -40,8 +26,8 @@ def test_the_drop_in_has_the_value_and_gradients_of(
         theirs = make(temperature)
     except Cannot as why:
         pytest.skip(str(why))
-    of_readme: dict[str, Any] = {}
-    exec(compile(next(script for script in SCRIPTS if "def nt_xent" in script), "README.md", "exec"), of_readme)
+    of_page: dict[str, Any] = {}
+    exec(compile(next(script for script in SCRIPTS if "def nt_xent" in script), "losses.md", "exec"), of_page)
     torch.manual_seed(0)
     views = [torch.randn(images, 24, requires_grad=True) for _ in range(2)]
 
@@ -51,5 +37,5 @@ def test_the_drop_in_has_the_value_and_gradients_of(
 
     expected = found(theirs)
     torch.testing.assert_close(
-        found(lambda first, second: of_readme["nt_xent"](first, second, temperature)), expected, rtol=1e-5, atol=1e-6
+        found(lambda first, second: of_page["nt_xent"](first, second, temperature)), expected, rtol=1e-5, atol=1e-6
     )
