@@ -55,6 +55,11 @@ def card(source: Source, target: str, file: Path, fit: Fit, use: list[str]) -> d
     }
 
 
+def card_file(file: Path) -> Path:
+    """FILE.json: files of several forms may have names that differ in their suffix alone."""
+    return file.with_name(f"{file.name}.json")
+
+
 def write_json(file: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=4, ensure_ascii=False) + "\n"
     text = re.sub(r"\[[\d\s.,e+-]+\]", lambda numbers: " ".join(numbers[0].split()), text)  # a line for each list

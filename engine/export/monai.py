@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...methods.backbone import find_architecture
 from ..errors import UserError
 from ..weights import write_whole
-from .card import Exported, card, refuse_existing, write_json
+from .card import Exported, card, card_file, refuse_existing, write_json
 from .definition import classes_argument, network_definition
 from .fit import Fit, examine
 from .source import CLASSES, Source
@@ -41,8 +41,8 @@ def write_monai(source: Source, file: Path, *, force: bool = False) -> Exported:
 
 
 def _write_state_dict(source: Source, file: Path, force: bool) -> Exported:
-    card_file = file.with_suffix(".json")
-    refuse_existing((file, card_file), force)
+    about_file = card_file(file)
+    refuse_existing((file, about_file), force)
     state = source.network.state_dict()
     weights = {name: tensor for name, tensor in state.items() if not name.startswith(source.task_layers)}
     fit = _fit(source, weights)
@@ -51,9 +51,9 @@ def _write_state_dict(source: Source, file: Path, force: bool) -> Exported:
         "network.load_state_dict(state)  # strict; the network keeps its own last layers",
     ]
     write_whole(file, lambda partial: torch.save(weights, partial))
-    write_json(card_file, card(source, "monai", file, fit, use))
-    lines = [f"{file}: {len(weights)} names, as {fit.network} has them", f"{card_file}: where the weights come from"]
-    return Exported((file, card_file), fit, [*lines, *fit.lines(), *(f"then: {line}" for line in use)])
+    write_json(about_file, card(source, "monai", file, fit, use))
+    lines = [f"{file}: {len(weights)} names, as {fit.network} has them", f"{about_file}: where the weights come from"]
+    return Exported((file, about_file), fit, [*lines, *fit.lines(), *(f"then: {line}" for line in use)])
 
 
 def _write_bundle(source: Source, folder: Path, force: bool) -> Exported:

@@ -15,7 +15,7 @@ from torch import nn
 from ...methods.backbone import BackboneConfig, find_architecture
 from ..errors import UserError
 from ..weights import write_whole
-from .card import Exported, card, refuse_existing, write_json
+from .card import Exported, card, card_file, refuse_existing, write_json
 from .definition import unet_arguments
 from .fit import examine
 from .source import CLASSES, Source
@@ -97,11 +97,11 @@ def plans_snippet(config: BackboneConfig, patch_size: list[int]) -> dict[str, An
 
 
 def write_nnunet(source: Source, file: Path, *, patch_size: list[int] | None = None, force: bool = False) -> Exported:
-    """Writes FILE (`.pth`), the plans `.plans.json` and the card `.json` beside it; see `export`."""
+    """Writes FILE (`.pth`), the plans `.plans.json` and the card beside it; see `export`."""
     if file.suffix != ".pth":
         raise UserError(f"{file}: nnU-Net's weights end in .pth; name the file {file.with_suffix('.pth').name}")
-    plans_file, card_file = file.with_suffix(".plans.json"), file.with_suffix(".json")
-    refuse_existing((file, plans_file, card_file), force)
+    plans_file, about_file = file.with_suffix(".plans.json"), card_file(file)
+    refuse_existing((file, plans_file, about_file), force)
     config = source.config
     patch, patch_source = _patch(config, source.description, patch_size)
     snippet = plans_snippet(config, patch)
@@ -124,13 +124,13 @@ def write_nnunet(source: Source, file: Path, *, patch_size: list[int] | None = N
     ]
     write_whole(file, lambda partial: torch.save(content, partial))
     write_json(plans_file, snippet)
-    write_json(card_file, card(source, "nnunet", file, fit, use))
+    write_json(about_file, card(source, "nnunet", file, fit, use))
     lines = [
         f"{file}: {len(weights)} names (aliases included), as nnU-Net builds the network",
         f"{plans_file}: the configuration {name!r} for the target dataset's plans; patch size {patch} ({patch_source})",
-        f"{card_file}: where the weights come from",
+        f"{about_file}: where the weights come from",
     ]
-    return Exported((file, plans_file, card_file), fit, [*lines, *fit.lines(), "then: " + use[1]])
+    return Exported((file, plans_file, about_file), fit, [*lines, *fit.lines(), "then: " + use[1]])
 
 
 def network_of_plans(section: dict[str, Any], input_channels: int) -> nn.Module:

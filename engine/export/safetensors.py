@@ -7,7 +7,7 @@ from torch import Tensor
 from ...methods.backbone import find_architecture, transferable_state
 from ..errors import UserError
 from ..weights import save_weights
-from .card import Exported, card, refuse_existing, write_json
+from .card import Exported, card, card_file, refuse_existing, write_json
 from .fit import examine
 from .source import Source
 
@@ -17,8 +17,8 @@ def write_safetensors(source: Source, file: Path, *, force: bool = False) -> Exp
 
     The description inside names under `not_pretrained` what of the network pretraining left as it was.
     """
-    card_file = _card_file(file)
-    refuse_existing((file, card_file), force)
+    about_file = _about_file(file)
+    refuse_existing((file, about_file), force)
     tensors = transferable_state(source.network)
     class_name = find_architecture(source.config.architecture).class_name
     fit = examine(
@@ -30,15 +30,15 @@ def write_safetensors(source: Source, file: Path, *, force: bool = False) -> Exp
         f'network.load_state_dict(load_file("{file}"), strict=False)  # each tensor is stored under one of its names',
     ]
     save_weights(file, tensors, {**source.description, "not_pretrained": source.untrained})
-    write_json(card_file, card(source, "safetensors", file, fit, use))
-    lines = [f"{file}: {len(tensors)} names under the network's own keys", f"{card_file}: where the weights come from"]
-    return Exported((file, card_file), fit, [*lines, *fit.lines()])
+    write_json(about_file, card(source, "safetensors", file, fit, use))
+    lines = [f"{file}: {len(tensors)} names under the network's own keys", f"{about_file}: where the weights come from"]
+    return Exported((file, about_file), fit, [*lines, *fit.lines()])
 
 
 def write_encoder(source: Source, file: Path, *, force: bool = False) -> Exported:
     """Writes the encoder's tensors under the names that the encoder alone has, and the card; see `export`."""
-    card_file = _card_file(file)
-    refuse_existing((file, card_file), force)
+    about_file = _about_file(file)
+    refuse_existing((file, about_file), force)
     architecture = find_architecture(source.config.architecture)
     module = architecture.encoder_module
     encoder = source.network.get_submodule(module)
@@ -56,18 +56,18 @@ def write_encoder(source: Source, file: Path, *, force: bool = False) -> Exporte
     ]
     description = {**source.description, "not_pretrained": untrained, "untrained": untrained, "module": module}
     save_weights(file, tensors, description)
-    write_json(card_file, card(source, "encoder", file, fit, use))
+    write_json(about_file, card(source, "encoder", file, fit, use))
     name = architecture.class_name.rpartition(".")[2]
     lines = [
         f"{file}: {len(tensors)} names, those of {name}.{module} without {prefix!r}",
-        f"{card_file}: where the weights come from",
+        f"{about_file}: where the weights come from",
     ]
-    return Exported((file, card_file), fit, [*lines, *fit.lines(), f"then: {use[1]}"])
+    return Exported((file, about_file), fit, [*lines, *fit.lines(), f"then: {use[1]}"])
 
 
-def _card_file(file: Path) -> Path:
+def _about_file(file: Path) -> Path:
     if file.suffix != ".safetensors":
         raise UserError(
             f"{file}: expected a name that ends in .safetensors, such as {file.with_suffix('.safetensors').name}"
         )
-    return file.with_suffix(".json")
+    return card_file(file)

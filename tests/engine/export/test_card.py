@@ -35,7 +35,7 @@ def test_the_card_says_where_the_weights_come_from_and_names_no_path(
 ) -> None:
     file = tmp_path / "out" / NAMES[to]
     export(run, to, file)
-    text = file.with_suffix(".json").read_text()
+    text = file.with_name(f"{file.name}.json").read_text()
     card = json.loads(text)
     said = card["pretraining"]
     assert (said["method"], said["recipe"], said["step"], said["commit"]) == ("pcl", "pcl-tiny", 3, "abc")

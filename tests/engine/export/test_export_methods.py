@@ -97,7 +97,7 @@ def test_a_decoder_that_was_not_trained_is_named_on_screen_and_in_the_card(tmp_p
     method = write_weights(tmp_path, "pcl")
     for to, name in NAMES.items():
         done = export(tmp_path, to, tmp_path / to / name)
-        card = json.loads((tmp_path / to / name).with_suffix(".json").read_text())
+        card = json.loads((tmp_path / to / f"{name}.json").read_text())
         in_decoder = () if to == "encoder" else done.fit.filled
         assert done.fit.filled == in_decoder
         assert card["fit"]["filled"] == list(done.fit.filled)
@@ -118,7 +118,7 @@ def test_kernels_that_were_trained_without_their_skips_are_named(tmp_path: Path)
     write_weights(tmp_path, "pcrlv2")
     done = export(tmp_path, "safetensors", tmp_path / "w.safetensors")
     assert done.fit.partly == tuple(f"decoder.stages.{block}.convs.0.conv.weight" for block in range(2))
-    card = json.loads((tmp_path / "w.json").read_text())
+    card = json.loads((tmp_path / "w.safetensors.json").read_text())
     assert card["fit"]["partly"] == list(done.fit.partly)
     assert "skips" in card["not_pretrained"]["partly"]
 
@@ -129,7 +129,7 @@ def test_the_encoder_alone_loads_strictly_into_an_encoder(name: str, tmp_path: P
     done = export(tmp_path, "encoder", tmp_path / "e.safetensors")
     expected = method.backbone.network.encoder.state_dict()
     torch.manual_seed(9)
-    other = network_of_definition(json.loads((tmp_path / "e.json").read_text())["network"])
+    other = network_of_definition(json.loads((tmp_path / "e.safetensors.json").read_text())["network"])
     load_model(other.encoder, tmp_path / "e.safetensors")  # strict; shared tensors are stored once
     assert_equal_but_for(other.encoder.state_dict(), expected, "decoder")
     assert not done.fit.missing
