@@ -37,6 +37,8 @@ def open_source(file: Path) -> Source:
     Raises: UserError where the file cannot be used, or does not fit its own description.
     """
     tensors, description = load_weights(file)
+    if "module" in description:
+        raise UserError(f"{file}: holds {description['module']!r} of a network alone; give the run that it is from")
     wrapped = [name for name in tensors if unwrapped(name) != name]
     if wrapped:
         bare = {unwrapped(name): tensor for name, tensor in tensors.items()}

@@ -13,9 +13,12 @@ from monai.networks.nets.swin_unetr import SwinUNETR
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from safetensors.torch import load_model
+from typer.testing import CliRunner
 
+from voxtrast.engine.cli import app
 from voxtrast.engine.errors import UserError
 from voxtrast.engine.export import FORMS, export
+from voxtrast.engine.weights import load_weights
 from voxtrast.methods.backbone import BackboneConfig
 
 NAMES = {"nnunet": "w.pth", "monai": "w.pt", "safetensors": "w.safetensors", "encoder": "e.safetensors"}
@@ -134,6 +137,9 @@ def test_the_encoder_alone_loads_strictly_into_an_encoder(name: str, tmp_path: P
     assert_equal_but_for(other.encoder.state_dict(), expected, "decoder")
     assert not done.fit.missing
     assert not done.fit.filled
+    assert load_weights(tmp_path / "e.safetensors")[1]["not_pretrained"] == []  # the decoder is not its concern
+    with pytest.raises(UserError, match="holds 'encoder' of a network alone; give the run"):
+        export(tmp_path / "e.safetensors", "nnunet", tmp_path / "w.pth")
 
 
 def test_the_encoder_of_swin_unetr_is_its_transformer(tmp_path: Path) -> None:
@@ -204,6 +210,16 @@ def test_nothing_is_replaced_without_force(to: str, tmp_path: Path) -> None:
         target.unlink()
         with pytest.raises(UserError, match="exists already"):
             export(tmp_path / "run", form, target)
+
+
+def test_the_command_prints_the_fit_and_takes_force(tmp_path: Path) -> None:
+    write_weights(tmp_path / "run", "pcl")
+    words = ["export", str(tmp_path / "run"), str(tmp_path / "w.pt"), "--to", "monai"]
+    first = CliRunner().invoke(app, words)
+    assert first.exit_code == 0
+    assert "fit to PlainConvUNet:\n    24 pretrained\n    20 not pretrained, in the file" in first.output
+    assert isinstance(CliRunner().invoke(app, words).exception, UserError)
+    assert CliRunner().invoke(app, [*words, "--force"]).output == first.output
 
 
 def test_a_folder_of_something_else_is_never_replaced_by_a_bundle(tmp_path: Path) -> None:
