@@ -37,6 +37,7 @@ format: $(VENV)/.built
 	$(BIN)/ruff format .
 
 wheel: $(VENV)/.built
+	rm -rf build/lib* build/bdist*
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 docs: $(VENV)/.built

@@ -153,14 +153,14 @@ def table(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its weights files.")],
-    file: Annotated[Path, typer.Argument(help="The file to write.")],
-    to: Annotated[str, typer.Option(help="nnunet or safetensors.")],
+    file: Annotated[Path, typer.Argument(help="The file to write; of a MONAI bundle, the folder.")],
+    to: Annotated[str, typer.Option(help="nnunet, monai, safetensors or encoder.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
-    """Write the pretrained weights for another program."""
+    """Write the pretrained weights for another program, with a card, and say what in them is not pretrained."""
     from .export import export as write
 
-    for line in write(run, to, file):
-        print(line)
+    print("\n".join(write(run, to, file, force=force).lines))
 
 
 @app.command()

@@ -256,8 +256,9 @@ class _Demo:
     def _export(self) -> tuple[str, bool]:
         files = {"nnunet": "nnunet.pth", "safetensors": "network.safetensors"}
         for form, name in files.items():
-            self.exports += [f"voxtrast export {self.pretrained} {self.output / 'export' / name} --to {form}"]
-            self.exports += [f"  {line}" for line in export(self.pretrained, form, self.output / "export" / name)]
+            target = self.output / "export" / name
+            self.exports += [f"voxtrast export {self.pretrained} {target} --to {form}"]
+            self.exports += [f"  {line}" for line in export(self.pretrained, form, target, force=True).lines]
         return f"{' and '.join(files)} in {self.output / 'export'}", True
 
     def _report(self, report: Path) -> tuple[str, bool]:

@@ -33,6 +33,7 @@ from .runs import build_method, describe, open_cases
 from .signals import Clock, Interrupted
 from .slurm import from_slurm
 from .trainer import Trainer
+from .versions import commit
 from .watchdog import LOST_RANK, LostRank, Watchdog, at
 
 REPORTED = 20  # volumes that are left out, line by line
@@ -141,7 +142,7 @@ def _run(config: Config, method: Method, ranks: Ranks, clock: Clock) -> None:
             print(f"note: {advice}", file=sys.stderr)
     at("building the engine")
     learner, critic = wrap(method, config, ranks), wrap_adversary(method, config, ranks)
-    about = describe(config, cases)
+    about = describe(config, cases) | ({"commit": commit()} if ranks.first else {})
     Trainer(learner, critic, method, config, ranks, store, cases, aside, damaged, about, clock).train()
 
 

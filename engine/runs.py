@@ -1,5 +1,7 @@
 """From a configuration or a run's folder to the objects it describes."""
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +17,7 @@ from .data.planner import usable_cases
 from .data.splits import held_aside
 from .data.store import Case, Store
 from .errors import UserError
+from .versions import versions
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,14 @@ def describe(config: Config, cases: Sequence[Case]) -> dict[str, Any]:
         "backbone": config.backbone.to_dict(),
         "crop": list(config.views.crop),
         "spacing_mm": list(spacings.pop()) if len(spacings) == 1 else None,
+        "data": {
+            "volumes": len(cases),
+            "voxels": sum(math.prod(case.shape) for case in cases),
+            "modalities": dict(sorted(Counter(case.modality for case in cases).items())),
+            "index_sha256": config.data_sha256,
+        },
         "version": version("voxtrast"),
+        "versions": versions(),
     }
 
 

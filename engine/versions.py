@@ -1,8 +1,11 @@
 """Which versions compute: they are part of what a run's numbers depend on."""
 
+import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distributions, version
+from pathlib import Path
 
 PACKAGES = ("voxtrast", "torch", "deepspeed", "numpy")
 DALI = "nvidia-dali-"  # its name goes on with the version of CUDA
@@ -14,6 +17,20 @@ def versions() -> dict[str, str]:
     dali = (each for each in distributions() if str(each.metadata["Name"]).lower().startswith(DALI))
     found["nvidia-dali"] = next((each.version for each in dali), "none")
     return found | {"python": platform.python_version()}
+
+
+def commit() -> str | None:
+    """Of the clone that this package runs from, `-dirty` where it was changed; VOXTRAST_COMMIT where that is set."""
+    clone = Path(__file__).parent.parent
+    if named := os.environ.get("VOXTRAST_COMMIT"):
+        return named
+    if not (clone / ".git").exists():  # installed: the version says it
+        return None
+    words = ["git", "-C", str(clone), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
 def changed(before: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -5,16 +5,20 @@ goes by four names), under `network_weights`. Newer nnU-Net also reads `nnssl_ad
 (`nnUNetv2_preprocess_like_nnssl`); that route takes over the encoder alone.
 """
 
-import json
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...methods.backbone import BackboneConfig, find_architecture, per_level
+from ...methods.backbone import BackboneConfig, find_architecture
 from ..errors import UserError
 from ..weights import write_whole
+from .card import Exported, card, card_file, refuse_existing, write_json
+from .definition import unet_arguments
+from .fit import examine
+from .source import CLASSES, Source
 
 LIBRARY = "dynamic_network_architectures."  # what nnU-Net builds its networks from
 IMPORTED = ["conv_op", "norm_op", "dropout_op", "nonlin"]  # the arguments that nnU-Net looks up by name
@@ -31,32 +35,21 @@ def architecture_section(config: BackboneConfig) -> dict[str, Any]:
     if not class_name.startswith(LIBRARY):
         raise UserError(
             f"backbone.architecture: {config.architecture} is {class_name}, which nnU-Net cannot build from plans; "
-            "use --to safetensors and load that with MONAI (docs/backbones.md), or pretrain plain_unet or residual_unet"
+            "use --to monai, or pretrain plain_unet or residual_unet"
         )
     if config.norm != "instance":
         raise UserError(
             f"backbone.norm: {config.norm!r} cannot be written into nnU-Net's plans, which make a norm from its "
-            "channel count alone; pretrain with backbone.norm=instance, or use --to safetensors"
+            "channel count alone; pretrain with backbone.norm=instance, or use --to monai"
         )
     dimensions = config.dimensions
-    blocks = "n_conv_per_stage" if config.architecture == "plain_unet" else "n_blocks_per_stage"
     return {
         "network_class_name": class_name,
-        "arch_kwargs": {
-            "n_stages": config.levels,
-            "features_per_stage": list(config.features),
+        "arch_kwargs": unet_arguments(config)
+        | {
             "conv_op": f"torch.nn.modules.conv.Conv{dimensions}d",
-            "kernel_sizes": [[3] * dimensions for _ in range(config.levels)],
-            "strides": [[1 if level == 0 else 2] * dimensions for level in range(config.levels)],
-            blocks: per_level(config.encoder_blocks, config.levels, "encoder_blocks"),
-            "n_conv_per_stage_decoder": per_level(config.decoder_blocks, config.levels - 1, "decoder_blocks"),
-            "conv_bias": True,
             "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dimensions}d",
-            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
             "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"negative_slope": config.negative_slope, "inplace": True},
         },
         "_kw_requires_import": list(IMPORTED),
     }
@@ -103,37 +96,54 @@ def plans_snippet(config: BackboneConfig, patch_size: list[int]) -> dict[str, An
     }
 
 
-def write_nnunet(
-    file: Path,
-    network: nn.Module,
-    description: dict[str, Any],
-    untrained: list[str],
-    patch_size: list[int] | None = None,
-) -> list[str]:
-    """Writes FILE (`.pth`) and FILE's `.plans.json`; see `export`."""
+def write_nnunet(source: Source, file: Path, *, patch_size: list[int] | None = None, force: bool = False) -> Exported:
+    """Writes FILE (`.pth`), the plans `.plans.json` and the card beside it; see `export`."""
     if file.suffix != ".pth":
         raise UserError(f"{file}: nnU-Net's weights end in .pth; name the file {file.with_suffix('.pth').name}")
-    config = BackboneConfig.from_dict(description["backbone"])
-    snippet_file = file.with_suffix(".plans.json")
-    patch, patch_source = _patch(config, description, patch_size)
+    plans_file, about_file = file.with_suffix(".plans.json"), card_file(file)
+    refuse_existing((file, plans_file, about_file), force)
+    config = source.config
+    patch, patch_source = _patch(config, source.description, patch_size)
     snippet = plans_snippet(config, patch)
-    weights = {name: tensor for name, tensor in network.state_dict().items() if ".seg_layers." not in name}
+    weights = {name: tensor for name, tensor in source.network.state_dict().items() if ".seg_layers." not in name}
+    section = architecture_section(config)
+    expected = network_of_plans(section, config.input_channels).state_dict()
+    fit = examine(
+        section["network_class_name"], expected, weights,
+        task_layers=source.task_layers, filled=source.untrained, partly=source.partly,
+    )  # fmt: skip
     content = {
         "network_weights": weights,
-        "nnssl_adaptation_plan": adaptation_plan(config, network, patch, description.get("spacing_mm")),
-        "voxtrast": {**description, "not_pretrained": untrained},
+        "nnssl_adaptation_plan": adaptation_plan(config, source.network, patch, source.description.get("spacing_mm")),
+        "voxtrast": {**source.description, "not_pretrained": source.untrained},
     }
-    write_whole(file, lambda partial: torch.save(content, partial))
-    text = json.dumps(snippet, indent=4) + "\n"
-    write_whole(snippet_file, lambda partial: partial.write_text(text))
     name = next(iter(snippet["configurations"]))
-    return [
-        f"{file}: {len(weights)} names (aliases included), as nnU-Net builds the network",
-        f"{snippet_file}: the configuration {name!r} for the target dataset's plans; "
-        f"patch size {patch} ({patch_source})",
-        f"not pretrained: {', '.join(untrained)}",
-        f"then: nnUNetv2_train DATASET {name} FOLD -pretrained_weights {file}",
+    use = [
+        f"add the configuration {name!r} of {plans_file.name} to the plans of the dataset, then:",
+        f"nnUNetv2_train DATASET {name} FOLD -pretrained_weights {file}",
     ]
+    write_whole(file, lambda partial: torch.save(content, partial))
+    write_json(plans_file, snippet)
+    write_json(about_file, card(source, "nnunet", file, fit, use))
+    lines = [
+        f"{file}: {len(weights)} names (aliases included), as nnU-Net builds the network",
+        f"{plans_file}: the configuration {name!r} for the target dataset's plans; patch size {patch} ({patch_source})",
+        f"{about_file}: where the weights come from",
+    ]
+    return Exported((file, plans_file, about_file), fit, [*lines, *fit.lines(), "then: " + use[1]])
+
+
+def network_of_plans(section: dict[str, Any], input_channels: int) -> nn.Module:
+    """The network that nnU-Net builds from this entry of its plans."""
+    arguments = dict(section["arch_kwargs"])
+    for name in section["_kw_requires_import"]:
+        arguments[name] = arguments[name] and locate(arguments[name])
+    build: Any = locate(section["network_class_name"])
+    with torch.random.fork_rng(devices=[]):
+        network: nn.Module = build(
+            input_channels=input_channels, num_classes=CLASSES, deep_supervision=True, **arguments
+        )
+    return network
 
 
 def _patch(config: BackboneConfig, description: dict[str, Any], wanted: list[int] | None) -> tuple[list[int], str]:

@@ -21,6 +21,7 @@ class Architecture(ABC):
     last_layers: tuple[str, ...]
     second_names: tuple[str, ...] = ()
     norms: tuple[str, ...]  # that it can be built with
+    encoder_module = "encoder"  # the network's encoder, without what belongs to the decoder
 
     @abstractmethod
     def own_values(self, config: "BackboneConfig") -> dict[str, Any]:
@@ -66,6 +67,10 @@ class Architecture(ABC):
     @abstractmethod
     def decoder_parts(self, block: int) -> tuple[str, ...]:
         """Names of the modules that this block alone passes a gradient to."""
+
+    def skip_kernels(self, config: "BackboneConfig") -> list[str]:
+        """Names of the kernels that take a skip beside the map from below."""
+        return []
 
 
 def require(config: "BackboneConfig", field: str, expected: Any, reason: str) -> None:

@@ -113,6 +113,9 @@ class NnUNet(Architecture):
     def decoder_parts(self, block: int) -> tuple[str, ...]:
         return f"decoder.transpconvs.{block}", f"decoder.stages.{block}"
 
+    def skip_kernels(self, config: "BackboneConfig") -> list[str]:
+        return [f"decoder.stages.{block}.convs.0.conv.weight" for block in range(config.levels - 1)]
+
 
 class ResidualPreset(NnUNet):
     """A residual encoder U-Net of fixed widths and blocks."""

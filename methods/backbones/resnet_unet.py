@@ -101,6 +101,10 @@ class ResNetUNet(Architecture):
     def decoder_parts(self, block: int) -> tuple[str, ...]:
         return (f"decoder.blocks.{block}",)
 
+    def skip_kernels(self, config: "BackboneConfig") -> list[str]:
+        # The last block has no skip.
+        return [f"decoder.blocks.{block}.convs.conv_0.conv.weight" for block in range(config.levels - 2)]
+
 
 class _PaddedShortcut(nn.Module):
     """Every second voxel, new channels zero: what MONAI's own shortcut computes, but with a gradient.

@@ -22,6 +22,7 @@ class SwinUNETR(Architecture):
     class_name = "monai.networks.nets.swin_unetr.SwinUNETR"
     last_layers = ("out.",)
     norms = ("instance",)
+    encoder_module = "swinViT"
 
     def own_values(self, config: "BackboneConfig") -> dict[str, Any]:
         size = config.features[0] if config.features else FEATURE_SIZE

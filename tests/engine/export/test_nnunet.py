@@ -137,14 +137,14 @@ def test_aliases_cost_no_bytes(tmp_path: Path) -> None:
 
 def test_what_plans_cannot_say_is_refused(tmp_path: Path) -> None:
     pretrained_run(tmp_path, BackboneConfig(features=[8, 16], norm="group"))
-    with pytest.raises(UserError, match=r"norm: 'group'.*backbone.norm=instance, or use --to safetensors"):
+    with pytest.raises(UserError, match=r"norm: 'group'.*backbone.norm=instance, or use --to monai"):
         export(tmp_path, "nnunet", tmp_path / "weights.pth")
     assert not (tmp_path / "weights.pth").exists()
 
 
 @pytest.mark.parametrize("architecture", ["swin_unetr", "resnet50_unet"])
 def test_a_network_of_monai_is_refused_with_the_way_that_works(architecture: str) -> None:
-    with pytest.raises(UserError, match=rf"{architecture} is monai\..*use --to safetensors and load that with MONAI"):
+    with pytest.raises(UserError, match=rf"{architecture} is monai\..*use --to monai"):
         architecture_section(BackboneConfig(architecture=architecture))
 
 
@@ -158,10 +158,10 @@ def test_a_preset_is_written_out_in_the_plans() -> None:
 
 def test_the_patch_size_must_suit_the_network(tmp_path: Path) -> None:
     pretrained_run(tmp_path, BackboneConfig(features=[4, 8, 8]))
-    lines = export(tmp_path, "nnunet", tmp_path / "weights.pth", patch_size=[40, 56, 40])
+    lines = export(tmp_path, "nnunet", tmp_path / "weights.pth", patch_size=[40, 56, 40]).lines
     assert any("[40, 56, 40]" in line for line in lines)
     for wrong in ([40, 56], [40, 56, 42], [0, 8, 8]):
         with pytest.raises(UserError, match="expected 3 multiples of 4"):
-            export(tmp_path, "nnunet", tmp_path / "weights.pth", patch_size=wrong)
+            export(tmp_path, "nnunet", tmp_path / "other.pth", patch_size=wrong)
     with pytest.raises(UserError, match=r"end in .pth; name the file weights.pth"):
         export(tmp_path, "nnunet", tmp_path / "weights.pt")

@@ -34,9 +34,9 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_the_export_holds_the_tensors_and_lists_what_was_not_pretrained(run: Path, tmp_path: Path) -> None:
-    lines = export(run, "safetensors", tmp_path / "out.safetensors")
-    assert lines[1] == "in the file, but not pretrained: decoder.transpconvs.0.weight"
-    assert lines[2] == "not in the file: decoder.seg_layers.0.weight, decoder.seg_layers.0.bias"
+    done = export(run, "safetensors", tmp_path / "out.safetensors")
+    assert done.fit.filled == ("decoder.transpconvs.0.weight",)
+    assert done.fit.missing == ("decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias")
     before, described = load_weights(run / "weights.safetensors")
     after, description = load_weights(tmp_path / "out.safetensors")
     assert set(after) == set(before)
@@ -55,8 +55,8 @@ def test_monai_loads_the_export_of_its_networks(tmp_path: Path) -> None:
     backbone = Backbone(config)
     description = {"format": 1, "backbone": config.to_dict(), "version": "0"}
     save_weights(tmp_path / "weights.safetensors", backbone.transferable(), description)
-    lines = export(tmp_path, "safetensors", tmp_path / "out.safetensors")
-    assert lines[2] == "not in the file: out.conv.conv.weight, out.conv.conv.bias"
+    done = export(tmp_path, "safetensors", tmp_path / "out.safetensors")
+    assert done.fit.missing == ("out.conv.conv.weight", "out.conv.conv.bias")
     network = SwinUNETR(1, 14, feature_size=12, spatial_dims=2)
     missing, unexpected = network.load_state_dict(load_file(tmp_path / "out.safetensors"), strict=False)
     assert missing == ["out.conv.conv.weight", "out.conv.conv.bias"]
@@ -67,16 +67,19 @@ def test_monai_loads_the_export_of_its_networks(tmp_path: Path) -> None:
 
 
 def test_unusable_requests_say_what_to_do(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--to onnx: expected one of nnunet, safetensors"):
+    with pytest.raises(UserError, match="--to onnx: expected one of encoder, monai, nnunet, safetensors"):
         export(run, "onnx", tmp_path / "out")
+    (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(UserError, match="is a folder"):
-        export(run, "safetensors", tmp_path)
+        export(run, "safetensors", tmp_path / "folder.safetensors")
     with pytest.raises(UserError, match="is the file to export"):
         export(run, "safetensors", run / "weights.safetensors")
     with pytest.raises(UserError, match="no meaning for --to safetensors"):
         export(run, "safetensors", tmp_path / "out", patch_size=[8, 8, 8])
     with pytest.raises(UserError, match="no such weights file"):
         export(tmp_path / "elsewhere", "safetensors", tmp_path / "out")
+    with pytest.raises(UserError, match=r"ends in .safetensors, such as out.safetensors"):
+        export(run, "encoder", tmp_path / "out")
 
 
 def test_a_description_of_another_network_is_refused(tmp_path: Path) -> None:
