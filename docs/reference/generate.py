@@ -62,7 +62,7 @@ def benchmarks() -> list[str]:
 def front_door(name: str) -> argparse.ArgumentParser:
     """Of a command that passes its words on: "pretrain", or "bench kernels"."""
     module = PASSED_ON.get(name) or f"benchmarks.{name.removeprefix('bench ')}"
-    package = importlib.import_module(f"voxtrast.{module}")
+    package = importlib.import_module(f"voxtrast.{module.replace('-', '_')}")
     if not hasattr(package, "main"):
         package = importlib.import_module(f"voxtrast.{module}.__main__")
     return parser_of(package.main)
