@@ -22,6 +22,7 @@ DISTRIBUTIONS = {
     "dynamic_network_architectures": ["dynamic-network-architectures"],
     "nvidia": ["nvidia-dali-cuda130", "nvidia-dali-cuda120"],
     "yaml": ["pyyaml"],
+    "sklearn": ["scikit-learn"],
     "cupy": ["cupy-cuda13x", "cupy-cuda12x"],
     "cupyx": ["cupy-cuda13x", "cupy-cuda12x"],
 }
