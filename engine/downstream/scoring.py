@@ -30,14 +30,14 @@ def score(
         spacing_mm: (D, H, W).
         surface: with distances, which take longer than the Dice.
 
-    Returns: {"dice": {label value: Dice, None where the label lacks the class}, "mean": over the others}; with
-        `surface` also "hd95" and "surface_distance" in mm, None where prediction or label lacks the class, and the
-        label values that are "missed" (in the label alone) and "spurious" (in the prediction alone).
+    Returns: {"dice": {label value: Dice, None where the label lacks the class}, "mean": over the others}, and the
+        label values that are "missed" (in the label alone) and "spurious" (in the prediction alone); with `surface`
+        also "hd95" and "surface_distance" in mm, None where prediction or label lacks the class.
     """
     found, wanted = (ndimage.find_objects(each, max_label=len(classes) - 1) for each in (prediction, label))
-    result: dict[str, Any] = {"dice": {}}
+    result: dict[str, Any] = {"dice": {}, "missed": [], "spurious": []}
     if surface:
-        result |= {"hd95": {}, "surface_distance": {}, "missed": [], "spurious": []}
+        result |= {name: {} for name in DISTANCES}
     for index, value in enumerate(classes[1:], start=1):
         boxes = [box for box in (found[index - 1], wanted[index - 1]) if box is not None]
         dice = hd95 = distance = None
@@ -50,8 +50,8 @@ def score(
         result["dice"][str(value)] = dice
         if surface:
             result["hd95"][str(value)], result["surface_distance"][str(value)] = hd95, distance
-            if len(boxes) == 1:
-                result["spurious" if found[index - 1] is not None else "missed"].append(value)
+        if len(boxes) == 1:
+            result["spurious" if found[index - 1] is not None else "missed"].append(value)
     result["mean"] = mean_of(result["dice"].values())
     return result
 
