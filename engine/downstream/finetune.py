@@ -119,7 +119,10 @@ def finetune(
     if not from_scratch:
         listed = dict.fromkeys([*description.get("untrained", []), *description.get("not_pretrained", [])])
         untrained = [name for name in listed if name in tensors]
-        new = load_into(network, tensors, untrained)
+        try:
+            new = load_into(network, tensors, untrained)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
         if untrained:
             console.print(f"{len(untrained)} tensors were not pretrained: {first_few(untrained)}", highlight=False)
         if not tuning.is_default:

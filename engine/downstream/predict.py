@@ -116,7 +116,7 @@ def predict(
 
     def reject(name: str, error: RejectedError) -> None:
         rejected.append(Rejection(name, error.reason, error.remedy))
-        console.print(f"rejected: {name}: {error.reason}: {error.remedy}", highlight=False)
+        console.print(f"rejected: {name}: {error.reason}: {error.remedy}", highlight=False, soft_wrap=True)
 
     def one_by_one() -> Iterator[tuple[int, Job]]:
         with _workplace() as folder, WorkerPool(1, timeout_s) as pool:

@@ -14,7 +14,9 @@ import SimpleITK as sitk
 import torch
 from scipy import ndimage
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from voxtrast.engine.cli import app
 from voxtrast.engine.data.resampling import isotropic_grid
 from voxtrast.engine.downstream import predict as module
 from voxtrast.engine.downstream.finetune import finetune
@@ -311,3 +313,14 @@ def test_what_cannot_be_predicted_is_one_clear_line(
         run(weights, raw, out)
     with pytest.raises(UserError, match=r"empty: holds 0 .safetensors files \(none\)"):
         run(tmp_path / "empty", raw, out)
+
+
+def test_the_command_line_says_what_was_done_and_ends_with_one_for_a_bad_file(thresholds: Path, tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write(raw, "a.nii.gz")
+    said = CliRunner().invoke(app, ["predict", str(thresholds), str(raw), str(out), "--mirror", "d,w", "--no-surface"])
+    assert (said.exit_code, said.stdout) == (0, "1 predicted, 0 kept from before, 0 rejected\n")
+    assert json.loads((out / "predict.json").read_text())["mirror"] == "d,w"
+    (raw / "b.nii.gz").write_text("no image")
+    said = CliRunner().invoke(app, ["predict", str(thresholds), str(raw), str(out), "--mirror", "d,w"])
+    assert (said.exit_code, said.stdout) == (1, "0 predicted, 1 kept from before, 1 rejected\n")

@@ -16,7 +16,6 @@ from voxtrast.methods.backbone import BackboneConfig, build_network
 CONFIGS = [
     BackboneConfig(features=[4, 8, 8]),
     BackboneConfig(architecture="residual_unet", features=[4, 8, 8]),
-    BackboneConfig(architecture="residual_unet_s"),
     BackboneConfig(architecture="resnet18_unet"),
     BackboneConfig(architecture="swin_unetr", features=[12]),
 ]
@@ -94,6 +93,7 @@ def test_frozen_batch_norm_keeps_its_running_means() -> None:
         assert not torch.equal(free.running_mean, other)
 
 
+@pytest.mark.slow
 def test_layer_decay_slows_the_stem(weights: Path, store: Store) -> None:
     before, _ = load_weights(weights)
     name = "encoder.stages.0.0.convs.0.conv.weight"
@@ -107,6 +107,7 @@ def test_layer_decay_slows_the_stem(weights: Path, store: Store) -> None:
     assert line["tuned"]["rates"]["encoder.0"] == pytest.approx(3e-3 * 0.5**5)
 
 
+@pytest.mark.slow
 def test_layers_that_are_all_alike_train_as_without_a_plan(weights: Path, store: Store) -> None:
     """The plan itself changes no number: a decay of almost 1 is training as usual."""
     usual, planned = run(weights, store), run(weights, store, layer_decay=1 - 1e-12)
