@@ -30,6 +30,7 @@ def test_distances_of_shifted_boxes_are_the_shift_in_millimetres() -> None:
     assert (same["dice"], same["hd95"], same["surface_distance"]) == ({"2": 1.0}, {"2": 0.0}, {"2": 0.0})
 
 
+@pytest.mark.filterwarnings("ignore:monai.metrics.utils get_mask_edges:FutureWarning")
 def test_cutting_the_box_out_changes_none_of_monai_s_numbers() -> None:
     generator = np.random.default_rng(0)
     # Noise reaches every border of the volume.
