@@ -139,7 +139,7 @@ def predict(
             try:
                 results.append({"case": name, **score_files(files[name], label, loaded.classes, surface)})
             except RejectedError as error:
-                reject(label.name, error)
+                reject(str(label), error)  # the whole path: its name may be the image's
     scores: dict[str, Any] = {}
     with _own_disk(output):
         if results:
@@ -281,7 +281,7 @@ def _begin(output: Path, settings: dict[str, Any], replaced: list[Path]) -> None
     """Makes the folder and removes what this run replaces: labels of two models must never lie side by side."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for file in (*replaced, output / SCORES, output / REJECTED):
+        for file in (*replaced, output / SCORES, output / REJECTED, *output.glob(".*.partial.*")):
             file.unlink(missing_ok=True)
         with _own_disk(output):
             write_lines(output / SETTINGS, [json.dumps(settings)])

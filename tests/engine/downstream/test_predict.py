@@ -170,9 +170,11 @@ def test_it_goes_on_where_it_was_and_replaces_nothing_of_another_model(threshold
     write(raw, "a.nii.gz", "b.nii.gz")
     assert run(thresholds, raw, out).predicted == 2
     (out / "a.nii.gz").unlink()
+    (out / ".a.nii.gz.1.partial.nii.gz").write_text("of a run that was killed")
     before = (out / "b.nii.gz").stat().st_mtime_ns
     summary = run(thresholds, raw, out)
     assert (summary.predicted, summary.kept) == (1, 1)
+    assert sorted(each.name for each in out.iterdir()) == ["a.nii.gz", "b.nii.gz", "predict.json"]
     assert (out / "b.nii.gz").stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"holds 2 of these labels, made with another mirror; .* --force"):
         run(thresholds, raw, out, mirror="w")
@@ -212,8 +214,8 @@ def test_scores_are_those_of_the_original_geometry(thresholds: Path, tmp_path: P
     summary = run(thresholds, raw, out, labels=labels)
     assert (summary.predicted, summary.scored, summary.exit_code) == (4, 1, 1)
     reasons = {each.file: each.reason for each in summary.rejected}
-    assert "position or spacing differs" in reasons["b.nii.gz"]
-    assert reasons["c.nii.gz"] == "the label holds the values [9], the model knows [0, 3, 700]"
+    assert "position or spacing differs" in reasons[str(labels / "b.nii.gz")]
+    assert reasons[str(labels / "c.nii.gz")] == "the label holds the values [9], the model knows [0, 3, 700]"
     rows = list(csv.DictReader((out / "scores.csv").open()))
     assert [(row["case"], row["class"], row["found"]) for row in rows] == [
         ("a_0000", "3", "both"),
