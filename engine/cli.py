@@ -1,4 +1,4 @@
-"""The command line: voxtrast prepare | views | pretrain | launch | doctor | finetune | …"""
+"""The command line: voxtrast prepare | views | pretrain | launch | doctor | finetune | predict | …"""
 
 import runpy
 import sys
@@ -123,16 +123,47 @@ def finetune(
     learning_rate: Annotated[float, typer.Option(help="Highest rate of the one-cycle schedule.")] = 3e-3,
     crop: Annotated[str | None, typer.Option(help="D,H,W voxels; default the store's median shape.")] = None,
     flips: Annotated[bool, typer.Option("--flips", help="Mirror the axes at random.")] = False,
+    freeze: Annotated[str, typer.Option(help="none, encoder, or encoder:STEPS for the first steps alone.")] = "none",
+    layer_decay: Annotated[float, typer.Option(help="Of the learning rate, layer by layer down to the stem.")] = 1.0,
+    head_warmup: Annotated[int, typer.Option(help="Steps that train only what pretraining did not fill.")] = 0,
+    overlap: Annotated[float, typer.Option(help="Of neighbouring windows at the test.")] = 0.5,
+    mirror: Annotated[str, typer.Option(help="Axes to mirror at the test: d,h,w, or one of them.")] = "",
+    surface: Annotated[bool, typer.Option(help="Measure distances between surfaces beside the Dice.")] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     output: Annotated[Path | None, typer.Option(help="Folder for finetune.jsonl and the models.")] = None,
 ) -> None:
-    """Fine-tune for segmentation with few labels and measure Dice on the cases held aside."""
+    """Fine-tune for segmentation with few labels; measure Dice and surface distances on the cases held aside."""
     from .downstream.finetune import finetune as run
 
     run(
         weights, store, labels=labels, seed=seed, from_scratch=from_scratch, steps=steps, batch=batch,
-        learning_rate=learning_rate, crop=_three_numbers(crop), flips=flips, device=device, output=output,
+        learning_rate=learning_rate, crop=_three_numbers(crop), flips=flips, freeze=freeze, layer_decay=layer_decay,
+        head_warmup=head_warmup, overlap=overlap, mirror=mirror, surface=surface, device=device, output=output,
     )  # fmt: skip
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="A .safetensors that finetune saved, or a folder that holds one.")],
+    raw: Annotated[Path, typer.Argument(help="An image, or a tree of images, NIfTI to DICOM.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the labels.")],
+    labels: Annotated[Path | None, typer.Option(help="Folder of labels to score the predictions against.")] = None,
+    overlap: Annotated[float, typer.Option(help="Of neighbouring windows.")] = 0.5,
+    mirror: Annotated[str, typer.Option(help="Axes to mirror: d,h,w, or one of them.")] = "",
+    surface: Annotated[bool, typer.Option(help="Score distances between surfaces beside the Dice.")] = True,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    timeout_s: Annotated[float, typer.Option(help="An image that takes longer to read is given up.")] = 3600.0,
+    force: Annotated[bool, typer.Option("--force", help="Replace labels of another model or unknown origin.")] = False,
+) -> None:
+    """Segment raw images with a fine-tuned model: one label file for each, on the image's own grid."""
+    from .downstream.predict import predict as run
+
+    summary = run(
+        model, raw, output, labels=labels, overlap=overlap, mirror=mirror, surface=surface, device=device,
+        timeout_s=timeout_s, force=force,
+    )  # fmt: skip
+    print(summary)
+    raise typer.Exit(summary.exit_code)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """What a worker process does with one source: digests, series of a folder, conversion. Jobs and replies are JSON."""
 
 import hashlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from .devices import array_module
 from .foreground import foreground_places
 from .headers import check_regular, detached_files
 from .memory import check_memory
-from .reading import Volume, read_label, read_volume
+from .reading import Volume, read_label, read_volume, read_volume_and_grid
 from .rejection import RejectedError
 
 
@@ -21,7 +22,8 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
     goes `transient` where another try may do better."""
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    task = {"series": _series, "digest": _digest, "convert": _convert}[job["task"]]
+    tasks = {"series": _series, "digest": _digest, "convert": _convert, "convert_and_describe": _convert_and_describe}
+    task = tasks[job["task"]]
     try:
         return {"done": task(job)}
     except RejectedError as error:
@@ -79,11 +81,21 @@ def _combined(files: list[Path]) -> str:
 
 def _convert(job: dict[str, Any]) -> dict[str, Any]:
     """Read, check, normalise, resample and store one volume and its label; returns the fields of its Case."""
-    settings = job["settings"]
     if job["memory_limit_gb"] is not None:
         check_memory(job, job["memory_limit_gb"])
+    return _store(job, read_volume([Path(file) for file in job["files"]], job["dicom"]))
+
+
+def _convert_and_describe(job: dict[str, Any]) -> dict[str, Any]:
+    """As `_convert`, with all that a label needs to go back to the file's own grid."""
+    volume, grid = read_volume_and_grid([Path(file) for file in job["files"]], job["dicom"])
+    own = {"shape": list(volume.values.shape), "spacing_mm": volume.spacing_mm.tolist()}
+    return {"case": _store(job, volume), "file_grid": asdict(grid), **own}
+
+
+def _store(job: dict[str, Any], volume: Volume) -> dict[str, Any]:
+    settings = job["settings"]
     xp = array_module(job["device"])
-    volume = read_volume([Path(file) for file in job["files"]], job["dicom"])
     spacing = volume.spacing_mm
     grid = resampling.isotropic_grid(volume.values.shape, spacing, settings["spacing_mm"])
     resampling.check_grid(grid, settings["minimum_size_voxels"], spacing, settings["spacing_mm"])

@@ -35,14 +35,30 @@ class Volume:
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
 
+@dataclass(frozen=True)
+class FileGrid:
+    """The grid of a file as SimpleITK has it: axes (x, y, z), LPS millimetres, direction row by row."""
+
+    size: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    origin_mm: tuple[float, ...]
+    direction: tuple[float, ...]
+
+
 def read_volume(files: list[Path], dicom: bool) -> Volume:
     """Read one source. Raises RejectedError with a reason for a person; never lets a reader's own exception out."""
+    return read_volume_and_grid(files, dicom)[0]
+
+
+def read_volume_and_grid(files: list[Path], dicom: bool) -> tuple[Volume, FileGrid]:
+    """As `read_volume`, with the grid that the file itself has, for `write_label`."""
     try:
         image, modality = _read_series(files) if dicom else (_read_file(files[0]), "")
+        grid = FileGrid(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
         values, affine = _to_ras(image)
     except RuntimeError as error:
         raise RejectedError(*_readable(str(error), files[0])) from None
-    return Volume(values, affine, modality)
+    return Volume(values, affine, modality), grid
 
 
 def _read_file(path: Path) -> sitk.Image:
@@ -151,6 +167,33 @@ def read_label(path: Path, volume: Volume) -> np.ndarray:
     if low < 0 or high > 65535:
         raise RejectedError(f"the label holds values from {low} to {high}", "number the classes from 0 to 65535")
     return values.astype(np.uint8 if high <= 255 else np.uint16)
+
+
+def write_label(file: Path, values: np.ndarray, grid: FileGrid) -> None:
+    """Write a label of a volume that was read, on the grid of the file that it was read from.
+
+    Args:
+        file: of a name that no reader looks for yet; its suffix says the format.
+        values: (D, H, W) uint8 or uint16, axes as `read_volume` gives them.
+
+    Raises: RuntimeError or OSError, SimpleITK's and the system's.
+    """
+    direction = np.array(grid.direction).reshape(3, 3)
+    probe = sitk.Image(2, 2, 2, sitk.sitkUInt8)
+    probe.SetDirection(grid.direction)
+    turned = np.array(sitk.DICOMOrient(probe, "RAS").GetDirection()).reshape(3, 3)
+    # Column j of the file's direction is column order[j] of the volume's, or its opposite.
+    match = np.rint(turned.T @ direction).astype(int)
+    order = np.abs(match).argmax(axis=0)
+    back = values.transpose(2, 1, 0).transpose(order)
+    back = np.flip(back, tuple(axis for axis in range(3) if match[order[axis], axis] < 0))
+    image = sitk.GetImageFromArray(np.ascontiguousarray(back.transpose(2, 1, 0)))
+    if image.GetSize() != tuple(grid.size):
+        raise RuntimeError(f"a label of {image.GetSize()} voxels for a grid of {tuple(grid.size)}")
+    image.SetSpacing(grid.spacing_mm)
+    image.SetOrigin(grid.origin_mm)
+    image.SetDirection(grid.direction)
+    sitk.WriteImage(image, str(file), useCompression=True)
 
 
 def _largest_distance(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:

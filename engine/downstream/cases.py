@@ -71,6 +71,14 @@ def draw_cases(store: Store, *, labels: int, seed: int, test_cases: int | None =
     classes = tuple(sorted({0, *(value for case in (*pool, *test) for value in case.label_classes)}))
     if len(classes) < 2:
         raise UserError(f"{store.path}: its labels hold the value {classes[0]} alone; there is nothing to segment")
+    trainable = {value for case in pool for value in case.label_classes}
+    if aside_alone := sorted(set(classes) - {0} - trainable):
+        having = [case.id for case in test if not trainable.issuperset(case.label_classes)]
+        raise UserError(
+            f"{store.path}: the classes {aside_alone} are in the cases held aside for the test alone "
+            f"({', '.join(having[:5])}), so that nothing can learn them; check whether these labels number their "
+            "classes as the others do, or label them in more cases"
+        )
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(pool))
     train = [pool[index] for index in order[:labels]]
     absent = sorted(set(classes) - {0} - {value for case in train for value in case.label_classes})

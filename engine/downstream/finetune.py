@@ -20,10 +20,14 @@ from torch import nn
 from ...methods.backbone import BackboneConfig, build_network
 from ..data.store import INDEX, Store, file_sha256
 from ..errors import UserError
-from ..weights import FORMAT, find_weights, first_few, load_into, load_weights, save_weights
+from ..weights import find_weights, first_few, load_into, load_weights
 from .cases import choose_crop, draw_cases, read_case
-from .evaluation import evaluate, summarise
+from .evaluation import evaluate
+from .inference import OVERLAP, check_overlap, find_device, mirror_axes
+from .model import save_model
+from .scoring import distances, in_words, summarise
 from .training import Budget, train
+from .tuning import Plan, Tuning, layers_of
 
 RESULTS = "finetune.jsonl"
 VERSIONS = ("voxtrast", "torch", "monai", "dynamic-network-architectures")
@@ -43,6 +47,12 @@ def finetune(
     crop: tuple[int, int, int] | None = None,
     flips: bool = False,
     test_cases: int | None = None,
+    freeze: str = "none",
+    layer_decay: float = 1.0,
+    head_warmup: int = 0,
+    overlap: float = OVERLAP,
+    mirror: str = "",
+    surface: bool = True,
     output: Path | str | None = None,
     device: str = "cpu",
     progress: bool = True,
@@ -62,6 +72,13 @@ def finetune(
         crop: (D, H, W) voxels, rounded up to multiples of the network's stride; default: the store's median shape.
         flips: mirror the axes at random. Off by default: organs and label names have sides.
         test_cases: how many cases of the store are held aside; default: the share that pretraining holds aside.
+        freeze: "none", "encoder", or "encoder:STEPS" for the first steps alone.
+        layer_decay: the learning rate of each layer is that of the one above it, from the head down to the stem,
+            times this.
+        head_warmup: steps in which only what pretraining did not fill is trained.
+        overlap: of neighbouring windows at the test, a share of their sides.
+        mirror: axes to mirror at the test, as "w" or "d,h,w".
+        surface: measure distances between surfaces beside the Dice.
         output: folder of the results; default: `finetune` beside the weights.
         device: a torch device.
         progress: show progress bars.
@@ -84,19 +101,33 @@ def finetune(
     # Of all cases, not of the drawn ones: the crop must not change with the seed.
     labelled = [case for case in data.cases if case.label_sha256 is not None]
     budget = Budget(steps, batch, learning_rate, weight_decay, choose_crop(labelled, config.stride, crop), flips)
+    tuning = Tuning(freeze, layer_decay, head_warmup)
+    tuning.frozen_steps(steps)  # refuses what cannot be
+    if from_scratch and not tuning.is_default:
+        raise UserError("--from-scratch has no pretrained tensors: leave --freeze, --layer-decay and --head-warmup out")
+    check_overlap(overlap)
+    axes = mirror_axes(mirror)
     console = Console(stderr=True, quiet=not progress)
     if crop is not None and tuple(crop) != budget.crop:
         console.print(f"crop {tuple(crop)} rounded up to {budget.crop}: multiples of {config.stride}")
-    target = _device(device)
+    target = find_device(device)
     folder = _writable(Path(output) if output is not None else source.parent / "finetune")
     arm = "scratch" if from_scratch else "pretrained"
 
     network = _seeded_network(config, len(split.classes), seed)
+    plan = None
     if not from_scratch:
-        untrained = description.get("untrained", [])
-        load_into(network, tensors, untrained)
+        listed = dict.fromkeys([*description.get("untrained", []), *description.get("not_pretrained", [])])
+        untrained = [name for name in listed if name in tensors]
+        try:
+            new = load_into(network, tensors, untrained)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
         if untrained:
             console.print(f"{len(untrained)} tensors were not pretrained: {first_few(untrained)}", highlight=False)
+        if not tuning.is_default:
+            plan = Plan(network, layers_of(network, config, new, layer_decay), tuning, steps)
+            console.print(plan.describe(learning_rate), highlight=False)
     network.to(target)
     with _progress(progress) as bars:
         task = bars.add_task(f"train ({arm}, {labels} labels)", total=steps, note="")
@@ -110,6 +141,7 @@ def finetune(
             seed=seed,
             device=target,
             report=lambda step, loss: bars.update(task, completed=step, note=f"loss {loss:.3f}"),
+            plan=plan,
         )
         training_seconds = time.perf_counter() - training_started
         task_test = bars.add_task("test", total=len(split.test), note="")
@@ -120,17 +152,24 @@ def finetune(
             crop=budget.crop,
             device=target,
             report=lambda case: bars.advance(task_test),
+            overlap=overlap,
+            mirror=axes,
+            surface=surface,
         )
 
     model = folder / f"{arm}-labels{labels}-seed{seed}.safetensors"
-    _save_model(model, network, data, split.classes, budget, description, arm, labels, seed)
+    run = {"arm": arm, "labels": labels, "seed": seed}
+    save_model(model, network, data, split.classes, budget, description, run)
     line = {
-        "arm": arm,
-        "labels": labels,
-        "seed": seed,
+        **run,
         **asdict(budget),
         "crop": list(budget.crop),
+        **asdict(tuning),
+        **({"tuned": plan.summary(learning_rate)} if plan else {}),
+        "overlap": overlap,
+        "mirror": list(axes),
         "dice": summarise(results),
+        **(distances(results) if surface else {}),
         "cases": results,
         "train_cases": [case.id for case in split.train],
         "classes": list(split.classes),
@@ -151,10 +190,9 @@ def finetune(
         "versions": {name: version(name) for name in VERSIONS},
     }
     _append(folder / RESULTS, line)
-    classes = ", ".join(f"{value}: {dice:.3f}" for value, dice in line["dice"]["classes"].items() if dice is not None)
     console.print(
-        f"{arm}, {labels} labels, seed {seed}: Dice {line['dice']['mean']:.3f} ({classes}) on "
-        f"{len(results)} test cases after {line['seconds']:.0f} s; {folder / RESULTS}",
+        f"{arm}, {labels} labels, seed {seed}: {in_words(line)} on {len(results)} test cases after "
+        f"{line['seconds']:.0f} s; {folder / RESULTS}",
         highlight=False,
     )
     return line
@@ -186,51 +224,6 @@ def _seeded_network(config: BackboneConfig, classes: int, seed: int) -> nn.Modul
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_network(config, classes)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r}: not usable here ({str(error).splitlines()[0]}); take cpu") from error
-    return device
-
-
-def _save_model(
-    path: Path,
-    network: nn.Module,
-    store: Store,
-    classes: tuple[int, ...],
-    budget: Budget,
-    description: dict[str, Any],
-    arm: str,
-    labels: int,
-    seed: int,
-) -> None:
-    """The whole network, with what predicting on new images needs: classes, crop and how the store was prepared."""
-    tensors = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("decoder.encoder.")}
-    spacings = {case.spacing_mm for case in store.cases}
-    save_weights(
-        path,
-        tensors,
-        {
-            "format": FORMAT,
-            "kind": "segmentation",
-            "method": description.get("method"),
-            "recipe": description.get("recipe"),
-            "step": budget.steps,
-            "backbone": description["backbone"],
-            "version": version("voxtrast"),
-            "arm": arm,
-            "labels": labels,
-            "seed": seed,
-            "classes": list(classes),
-            "crop": list(budget.crop),
-            "spacing_mm": list(spacings.pop()) if len(spacings) == 1 else None,
-            "prepare": store.settings,
-        },
-    )
 
 
 def _writable(folder: Path) -> Path:

@@ -9,7 +9,7 @@ With one seed it knows nothing of that luck, with two or three little.
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,16 @@ import numpy as np
 from rich.table import Table
 
 from ..errors import UserError
+from .inference import AXES, OVERLAP
+from .scoring import DISTANCES
+from .tuning import Tuning
 
 SETTINGS = ("store_sha256", "backbone", "steps", "batch", "learning_rate", "weight_decay", "crop", "flips")
+# Settings that lines of before lack, with what was done then.
+LATER_SETTINGS = {"overlap": OVERLAP, "mirror": []}
 RESAMPLES = 10_000
 HEADINGS = ("labels", "arm", "seeds", "Dice", "per class", "difference to scratch", "95 % interval", "cases better")
+DISTANCE_HEADINGS = ("HD95 mm", "surface distance mm", "missed", "spurious")
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,14 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Distance:
+    """Between surfaces in mm, over the cases and classes that prediction and label both have."""
+
+    mean: float  # over seeds
+    std: float  # over seeds; 0 for one seed
+
+
+@dataclass(frozen=True)
 class Row:
     setting: str
     labels: int
@@ -45,6 +59,8 @@ class Row:
     std: float  # over seeds; 0 for one seed
     classes: dict[str, float]
     difference: Difference | None  # None for scratch, and where no seed is shared
+    distances: dict[str, Distance] = field(default_factory=dict)  # "hd95", "surface_distance"; what was measured
+    left_out: dict[str, int] = field(default_factory=dict)  # "missed", "spurious": in how many cases and classes
 
 
 def read_lines(paths: Iterable[Path | str]) -> list[dict[str, Any]]:
@@ -90,8 +106,8 @@ def to_markdown(rows: list[Row]) -> str:
     """Plain tables, one a setting."""
     parts = []
     for setting in dict.fromkeys(row.setting for row in rows):
-        lines = [" | ".join(HEADINGS), " | ".join(["---"] * len(HEADINGS))]
-        lines += [" | ".join(_cells(row)) for row in rows if row.setting == setting]
+        headings, cells = _columns([row for row in rows if row.setting == setting])
+        lines = [" | ".join(headings), " | ".join(["---"] * len(headings)), *(" | ".join(each) for each in cells)]
         parts.append("\n".join([f"{setting}\n", *(f"| {line} |" for line in lines)]))
     return "\n\n".join(parts) + "\n"
 
@@ -101,11 +117,11 @@ def to_rich(rows: list[Row]) -> list[Table]:
     tables = []
     for setting in dict.fromkeys(row.setting for row in rows):
         table = Table(title=setting)
-        for heading in HEADINGS:
+        headings, cells = _columns([row for row in rows if row.setting == setting])
+        for heading in headings:
             table.add_column(heading)
-        for row in rows:
-            if row.setting == setting:
-                table.add_row(*_cells(row))
+        for each in cells:
+            table.add_row(*each)
         tables.append(table)
     return tables
 
@@ -139,6 +155,13 @@ def _row(
         for value, dice in run["dice"]["classes"].items():
             if dice is not None:
                 classes.setdefault(value, []).append(dice)
+    measured = [run for run in runs.values() if "hd95" in run]
+    distances = {}
+    for name in DISTANCES:
+        found = [run[name]["mean"] for run in measured if run[name]["mean"] is not None]
+        if found:
+            distances[name] = Distance(float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else 0.0)
+    left_out = {name: sum(sum(run[name].values()) for run in measured) for name in ("missed", "spurious") if measured}
     pairs = [(runs[number], scratch[number]) for number in sorted(runs) if number in scratch]
     return Row(
         setting,
@@ -149,6 +172,8 @@ def _row(
         float(means.std(ddof=1)) if len(means) > 1 else 0.0,
         {value: float(np.mean(dice)) for value, dice in classes.items()},
         paired_difference(pairs, seed) if arm != "scratch" and pairs else None,
+        distances,
+        left_out,
     )
 
 
@@ -158,20 +183,42 @@ def _key(line: dict[str, Any]) -> tuple[str, int, str, int]:
     features = "-".join(str(number) for number in backbone["features"])
     # The settings in words, then a checksum of everything that must be equal.
     cases = sorted(case["case"] for case in line["cases"])
-    exact = json.dumps([[line[name] for name in SETTINGS], cases], sort_keys=True)
+    values = [line[name] for name in SETTINGS]
+    later = {name: line[name] for name, before in LATER_SETTINGS.items() if line.get(name, before) != before}
+    exact = json.dumps([values, cases, *([later] if later else [])], sort_keys=True)
+    inference = "".join(
+        [f", overlap {later['overlap']:g}" if "overlap" in later else "",
+         f", mirrored {','.join(AXES[axis] for axis in later['mirror'])}" if "mirror" in later else ""]
+    )  # fmt: skip
     setting = (
         f"{Path(line['store']).name}: {len(cases)} test cases, {backbone['architecture']} {features}, "
         f"{line['steps']} steps of {line['batch']} crops {'x'.join(map(str, line['crop']))}, "
-        f"learning rate {line['learning_rate']:g} (setting {_checksum(exact)})"
+        f"learning rate {line['learning_rate']:g}{inference} (setting {_checksum(exact)})"
     )
     arm = "scratch"
     if line["arm"] == "pretrained":
         arm = f"pretrained, {line['recipe'] or line['method']} {line['weights_sha256'][:8]}"
+        for item in fields(Tuning):
+            if line.get(item.name, item.default) != item.default:
+                arm += f", {item.name.replace('_', ' ')} {line[item.name]}"
     return setting, int(line["labels"]), arm, int(line["seed"])
 
 
 def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _columns(rows: list[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and cells; the distances only where a row has them."""
+    if not any(row.left_out for row in rows):
+        return HEADINGS, [_cells(row) for row in rows]
+    return (*HEADINGS, *DISTANCE_HEADINGS), [(*_cells(row), *_distance_cells(row)) for row in rows]
+
+
+def _distance_cells(row: Row) -> tuple[str, ...]:
+    found = [row.distances.get(name) for name in DISTANCES]
+    means = [f"{each.mean:.2f}" + (f" ± {each.std:.2f}" if each.std else "") if each else "" for each in found]
+    return (*means, *(str(row.left_out.get(name, "")) for name in ("missed", "spurious")))
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .cases import LabelledCase
+from .tuning import Plan
 
 GRADIENT_CLIP = 12.0  # nnU-Net's; stops the rare step that a high learning rate turns into a jump
 
@@ -52,6 +53,7 @@ def train(
     seed: int,
     device: torch.device,
     report: Callable[[int, float], None],
+    plan: Plan | None = None,
 ) -> list[float]:
     """Trains in place.
 
@@ -60,6 +62,7 @@ def train(
         classes: background included.
         seed: of the order of cases, the crops and the augmentations.
         report: called with the step and its loss.
+        plan: which tensors are trained when and how fast; default: all of them alike.
 
     Returns: the loss of each step.
 
@@ -67,12 +70,17 @@ def train(
     """
     network.train()
     loss_function = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False, batch=True)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=budget.learning_rate, weight_decay=budget.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, budget.learning_rate, total_steps=budget.steps)
+    rate, decay = budget.learning_rate, budget.weight_decay
+    parameters: Any = network.parameters() if plan is None else plan.groups(decay)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+    rates = rate if plan is None else plan.rates(rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=budget.steps)
     losses: list[float] = []
     with _plain_tensors():
         crops = _crops(cases, budget, classes, seed)
         for step in range(1, budget.steps + 1):
+            if plan is not None:
+                plan.begin(step)
             batch = [next(crops) for _ in range(budget.batch)]
             image = torch.stack([item["image"] for item in batch]).to(device)
             label = torch.stack([item["label"] for item in batch]).to(device)

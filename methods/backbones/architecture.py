@@ -65,6 +65,10 @@ class Architecture(ABC):
         """
 
     @abstractmethod
+    def encoder_parts(self, network: Any) -> list[tuple[str, ...]]:
+        """Names of the modules of the encoder, by depth, those that see the image first."""
+
+    @abstractmethod
     def decoder_parts(self, block: int) -> tuple[str, ...]:
         """Names of the modules that this block alone passes a gradient to."""
 

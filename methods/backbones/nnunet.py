@@ -110,6 +110,10 @@ class NnUNet(Architecture):
         found: Tensor = stage(torch.cat((upsampled, skip), dim=1))
         return found
 
+    def encoder_parts(self, network: Any) -> list[tuple[str, ...]]:
+        stages = [(f"encoder.stages.{level}",) for level in range(len(network.encoder.stages))]
+        return [*([("encoder.stem",)] if getattr(network.encoder, "stem", None) is not None else []), *stages]
+
     def decoder_parts(self, block: int) -> tuple[str, ...]:
         return f"decoder.transpconvs.{block}", f"decoder.stages.{block}"
 

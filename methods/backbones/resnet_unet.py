@@ -98,6 +98,9 @@ class ResNetUNet(Architecture):
         found = stage.convs.conv_1(stage.convs.conv_0.adn(convolved))
         return found
 
+    def encoder_parts(self, network: Any) -> list[tuple[str, ...]]:
+        return [("encoder.conv1", "encoder.bn1"), *((f"encoder.layer{number}",) for number in range(1, 5))]
+
     def decoder_parts(self, block: int) -> tuple[str, ...]:
         return (f"decoder.blocks.{block}",)
 

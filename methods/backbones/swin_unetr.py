@@ -83,5 +83,9 @@ class SwinUNETR(Architecture):
         found: Tensor = getattr(network, f"decoder{5 - block}")(below, skip)
         return found
 
+    def encoder_parts(self, network: Any) -> list[tuple[str, ...]]:
+        layers = [(f"swinViT.layers{number}",) for number in range(1, 5)]
+        return [("swinViT.patch_embed",), *layers, ("encoder10",)]
+
     def decoder_parts(self, block: int) -> tuple[str, ...]:
         return (f"decoder{5 - block}", f"encoder{5 - block}")[: 1 if block == 0 else 2]

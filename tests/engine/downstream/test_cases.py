@@ -46,7 +46,7 @@ def test_values_the_index_does_not_name_are_refused(store: Store) -> None:
 
 
 def test_impossible_requests_say_what_is_there(make_store: Callable[..., Store], tmp_path) -> None:
-    store = make_store([(1,), (1,), (1,), (1,), (1, 2), (1,)], size=8)
+    store = make_store([(1, 2), (1,), (1,), (1,), (1,), (1,)], size=8)
     with pytest.raises(UserError, match=r"--labels 6: .* has 5 labelled cases to train on \(1 more"):
         draw_cases(store, labels=6, seed=0)
     with pytest.raises(UserError, match="--labels 0: expected at least 1"):
@@ -63,6 +63,14 @@ def test_impossible_requests_say_what_is_there(make_store: Callable[..., Store],
             errors.append(str(error))
     assert errors
     assert all("hold no voxel of the classes [2]" in error for error in errors)
+
+
+def test_a_class_that_only_the_test_has_is_named_with_the_cases_that_have_it(make_store: Callable[..., Store]) -> None:
+    store = make_store([(1,)] * 5, size=8)
+    [aside] = held_aside(store.cases, 0.2)[1]
+    store.cases = [replace(case, label_classes=(1, 4)) if case is aside else case for case in store.cases]
+    with pytest.raises(UserError, match=rf"the classes \[4\] are in the cases held aside .* alone \({aside.id}\)"):
+        draw_cases(store, labels=4, seed=0)
 
 
 def test_a_store_without_labels_is_refused(make_store: Callable[..., Store]) -> None:

@@ -13,7 +13,7 @@ from voxtrast.engine.downstream.cases import read_case
 from voxtrast.engine.downstream.evaluation import predict
 from voxtrast.engine.downstream.finetune import finetune
 from voxtrast.engine.errors import UserError
-from voxtrast.engine.weights import load_weights
+from voxtrast.engine.weights import load_weights, save_weights
 from voxtrast.methods.backbone import BackboneConfig, build_network
 
 
@@ -136,6 +136,29 @@ def test_weights_that_cannot_segment_the_store_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         run(make_weights(tmp_path / "other.safetensors", config), store)
+
+
+def test_weights_of_another_width_than_they_say_are_refused_by_name(weights: Path, store: Store) -> None:
+    tensors, description = load_weights(weights)
+    backbone = {**description["backbone"], "features": [8, 16, 32]}
+    save_weights(weights, tensors, {**description, "backbone": backbone})
+    with pytest.raises(UserError, match=r"weights.safetensors: the weights do not fit .*of another shape: encoder"):
+        run(weights, store)
+
+
+def test_a_run_measures_distances_in_millimetres_unless_told_not_to(weights: Path, store: Store) -> None:
+    with_surface = run(weights, store, steps=8, test_cases=2, mirror="w", overlap=0.25)
+    assert with_surface["mirror"] == [2]
+    assert set(with_surface["hd95"]["classes"]) == {"2", "5"}
+    for case in with_surface["cases"]:
+        for value in ("2", "5"):
+            found = case["hd95"][value], case["surface_distance"][value]
+            assert (None in found) is (int(value) in case["missed"])
+            assert None in found or 0 <= found[1] <= found[0]
+    assert with_surface["missed"].keys() == with_surface["spurious"].keys() == {"2", "5"}
+    without = run(weights, store, steps=1, test_cases=2, surface=False)
+    assert "hd95" not in without
+    assert "hd95" not in without["cases"][0]
 
 
 def test_bad_settings_are_refused(weights: Path, store: Store, tmp_path: Path) -> None:

@@ -114,6 +114,41 @@ def test_both_forms_show_every_number(tmp_path: Path) -> None:
     assert "+0.000 to +0.100" in printed.get()
 
 
+def measured(arm: str, seed: int, hd95: float, missed: int = 0, **changes: Any) -> dict[str, Any]:
+    found = {"hd95": {"mean": hd95, "classes": {"1": hd95}}, "surface_distance": {"mean": 0.5, "classes": {"1": 0.5}}}
+    return line(arm, seed, [0.5], **found, missed={"1": missed}, spurious={"1": 0}, **changes)
+
+
+def test_distances_have_columns_where_they_were_measured() -> None:
+    assert "HD95" not in to_markdown(label_table([line("scratch", 0, [0.5])]))
+    rows = label_table(
+        [measured("scratch", 0, 4.0, missed=1), measured("scratch", 1, 6.0), line("pretrained", 0, [0.6])]
+    )
+    markdown = to_markdown(rows)
+    assert "| HD95 mm | surface distance mm | missed | spurious |" in markdown
+    assert "| 5.00 ± 1.41 | 0.50 | 1 | 0 |" in markdown
+    assert "| 1 of 1 |  |  |  |  |" in markdown
+
+
+def test_how_the_pretrained_tensors_were_tuned_names_an_arm_and_how_the_test_was_run_a_setting() -> None:
+    usual = line("pretrained", 0, [0.5])
+    later = {"freeze": "none", "layer_decay": 1.0, "head_warmup": 0, "overlap": 0.5, "mirror": []}
+    tuned = {**later, "freeze": "encoder:5", "layer_decay": 0.75}
+    rows = label_table(
+        [usual, line("pretrained", 0, [0.6], **later), line("pretrained", 0, [0.7], **tuned), line("scratch", 0, [0.4])]
+    )
+    # A line of before, without the words, is the same run as one with their defaults.
+    assert [(row.arm, row.dice) for row in rows] == [
+        ("scratch", 0.4),
+        ("pretrained, cover-3d abcdef01", 0.6),
+        ("pretrained, cover-3d abcdef01, freeze encoder:5, layer decay 0.75", 0.7),
+    ]
+    assert all(row.difference for row in rows[1:])
+    mirrored = label_table([usual, line("pretrained", 0, [0.5], mirror=[0, 2], overlap=0.25)])
+    assert len({row.setting for row in mirrored}) == 2
+    assert any("overlap 0.25, mirrored d,w" in row.setting for row in mirrored)
+
+
 def test_a_broken_or_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"finetune.jsonl: no such file"):
         read_lines([tmp_path])

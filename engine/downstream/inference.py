@@ -1,0 +1,106 @@
+"""What a trained network says about a whole volume: MONAI's sliding window, mirrored where that is asked for."""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from monai.inferers import sliding_window_inference
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+AXES = "dhw"  # toward superior, anterior, right
+OVERLAP = 0.5
+
+
+def predict(
+    network: nn.Module,
+    image: Tensor,
+    crop: tuple[int, ...],
+    background: float,
+    device: torch.device,
+    *,
+    overlap: float = OVERLAP,
+    mirror: tuple[int, ...] = (),
+) -> Tensor:
+    """Class indices of a whole volume, (1, D, H, W) int64 on the CPU; arguments as for `predict_logits`."""
+    logits = predict_logits(network, image, crop, background, device, overlap=overlap, mirror=mirror)
+    return logits.argmax(dim=0, keepdim=True)
+
+
+def predict_logits(
+    network: nn.Module,
+    image: Tensor,
+    crop: tuple[int, ...],
+    background: float,
+    device: torch.device,
+    *,
+    overlap: float = OVERLAP,
+    mirror: tuple[int, ...] = (),
+) -> Tensor:
+    """Logits of a whole volume.
+
+    Args:
+        image: (1, D, H, W) float32, as in the store; any size.
+        crop: sides of the sliding window, as in training.
+        background: what a volume smaller than the window is padded with.
+        device: of the network. The volume and the sum of its windows stay on the CPU, whose memory is larger.
+        overlap: of neighbouring windows, a share of their sides.
+        mirror: axes, 0 to 2; the mean over all combinations of them, mirrored and mirrored back.
+
+    Returns: (classes, D, H, W) float32 on the CPU.
+    """
+    network.eval()
+    with torch.no_grad():
+        logits = sliding_window_inference(
+            image[None].cpu(),
+            roi_size=crop,
+            sw_batch_size=2,
+            predictor=_mirrored(network, mirror),
+            overlap=overlap,
+            mode="gaussian",
+            cval=background,
+            sw_device=device,
+            device=torch.device("cpu"),
+        )
+    assert isinstance(logits, Tensor)
+    return logits[0]
+
+
+def _mirrored(network: nn.Module, axes: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    if not axes:
+        return network
+    combinations = [each for count in range(len(axes) + 1) for each in itertools.combinations(axes, count)]
+
+    def mean(windows: Tensor) -> Tensor:
+        total: Tensor = network(windows)
+        for combination in combinations[1:]:
+            dimensions = [axis + 2 for axis in combination]
+            total = total + network(windows.flip(dimensions)).flip(dimensions)
+        return total / len(combinations)
+
+    return mean
+
+
+def mirror_axes(text: str) -> tuple[int, ...]:
+    """Axes from letters: "w" or "d,h,w"; none for the empty text. Raises: UserError."""
+    letters = [each.strip().lower() for each in text.split(",")] if text.strip() else []
+    if any(each not in AXES or len(each) != 1 for each in letters) or len(set(letters)) != len(letters):
+        raise UserError(f"--mirror {text}: expected one or more of d, h, w, each once, for example d,h,w")
+    return tuple(sorted(AXES.index(each) for each in letters))
+
+
+def check_overlap(overlap: float) -> None:
+    """Raises: UserError."""
+    if not 0 <= overlap < 1:
+        raise UserError(f"--overlap {overlap}: expected a share from 0 to below 1, for example {OVERLAP}")
+
+
+def find_device(name: str) -> torch.device:
+    """Raises: UserError where it cannot be computed on."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r}: not usable here ({str(error).splitlines()[0]}); take cpu") from error
+    return device

@@ -1,0 +1,118 @@
+"""How well a segmentation fits a label: MONAI's Dice, Hausdorff distance and surface distance, class by class.
+
+One class at a time and only the box that holds it: of many classes on a large volume, one-hot maps fill the memory.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.metrics.hausdorff_distance import compute_hausdorff_distance
+from monai.metrics.meandice import compute_dice
+from monai.metrics.surface_distance import compute_average_surface_distance
+from scipy import ndimage
+from torch import Tensor
+
+DISTANCES = ("hd95", "surface_distance")
+
+
+def score(
+    prediction: np.ndarray, label: np.ndarray, classes: Sequence[int], spacing_mm: Sequence[float], surface: bool
+) -> dict[str, Any]:
+    """Scores of one case.
+
+    Args:
+        prediction, label: (D, H, W) class indices, whole numbers.
+        classes: label value of each index; the first is the background.
+        spacing_mm: (D, H, W).
+        surface: with distances, which take longer than the Dice.
+
+    Returns: {"dice": {label value: Dice, None where the label lacks the class}, "mean": over the others}, and the
+        label values that are "missed" (in the label alone) and "spurious" (in the prediction alone); with `surface`
+        also "hd95" and "surface_distance" in mm, None where prediction or label lacks the class.
+    """
+    found, wanted = (ndimage.find_objects(each, max_label=len(classes) - 1) for each in (prediction, label))
+    result: dict[str, Any] = {"dice": {}, "missed": [], "spurious": []}
+    if surface:
+        result |= {name: {} for name in DISTANCES}
+    for index, value in enumerate(classes[1:], start=1):
+        boxes = [box for box in (found[index - 1], wanted[index - 1]) if box is not None]
+        dice = hd95 = distance = None
+        if boxes:
+            box = _around(boxes)
+            one, other = (torch.from_numpy(each[box] == index)[None, None].float() for each in (prediction, label))
+            dice = _number(compute_dice(one, other, include_background=True))
+            if surface and len(boxes) == 2:
+                hd95, distance = _distances(one, other, [float(each) for each in spacing_mm])
+        result["dice"][str(value)] = dice
+        if surface:
+            result["hd95"][str(value)], result["surface_distance"][str(value)] = hd95, distance
+        if len(boxes) == 1:
+            result["spurious" if found[index - 1] is not None else "missed"].append(value)
+    result["mean"] = mean_of(result["dice"].values())
+    return result
+
+
+def summarise(results: Sequence[dict[str, Any]], name: str = "dice") -> dict[str, Any]:
+    """Macro means of "dice", "hd95" or "surface_distance".
+
+    Returns: {"mean": over the cases' own means, "classes": {label value: over the cases that have a number}}.
+    """
+    values = results[0][name]
+    return {
+        "mean": mean_of(mean_of(result[name].values()) if name != "dice" else result["mean"] for result in results),
+        "classes": {value: mean_of(result[name][value] for result in results) for value in values},
+    }
+
+
+def distances(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of cases scored with `surface`: the means of both distances, and in how many cases each class is "missed" or
+    "spurious" and so in none of the means."""
+    classes = results[0]["dice"]
+    return {name: summarise(results, name) for name in DISTANCES} | {
+        name: {value: sum(int(value) in result[name] for result in results) for value in classes}
+        for name in ("missed", "spurious")
+    }
+
+
+def in_words(summary: dict[str, Any]) -> str:
+    """Means over cases, for a line on screen; of "dice" and, where they are there, of what `distances` gives."""
+    dice = summary["dice"]
+    classes = ", ".join(f"{value}: {each:.3f}" for value, each in dice["classes"].items() if each is not None)
+    words = f"Dice {dice['mean']:.3f} ({classes})" if dice["mean"] is not None else "no Dice"
+    for name, title in zip(DISTANCES, ("HD95", "surface distance"), strict=True):
+        if (mean := summary.get(name, {}).get("mean")) is not None:
+            words += f", {title} {mean:.2f} mm"
+    for name in ("missed", "spurious"):
+        if count := sum(summary.get(name, {}).values()):
+            words += f", {count} {name}"
+    return words
+
+
+def mean_of(numbers: Iterable[float | None]) -> float | None:
+    """Mean of what is there; None where nothing is."""
+    present = [number for number in numbers if number is not None]
+    return round(sum(present) / len(present), 6) if present else None
+
+
+def _distances(one: Tensor, other: Tensor, spacing_mm: list[float]) -> tuple[float | None, float | None]:
+    """95th percentile of the Hausdorff distance, and average symmetric surface distance, both in mm."""
+    options: Any = {"include_background": True, "spacing": spacing_mm}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI's, over an argument that it passes to itself
+        hausdorff = compute_hausdorff_distance(one, other, percentile=95, **options)
+        return _number(hausdorff), _number(compute_average_surface_distance(one, other, symmetric=True, **options))
+
+
+def _around(boxes: list[tuple[slice, ...]]) -> tuple[slice, ...]:
+    return tuple(
+        slice(min(side.start for side in sides), max(side.stop for side in sides)) for sides in zip(*boxes, strict=True)
+    )
+
+
+def _number(value: Tensor) -> float | None:
+    number = value.item()
+    return None if math.isnan(number) else round(number, 6)
