@@ -5,6 +5,7 @@ A bundle is what MONAI's users pass on: `monai.bundle.load` and every training c
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from .source import CLASSES, Source
 
 WEIGHTS, CONFIG, METADATA, README = "models/model.pt", "configs/train.json", "configs/metadata.json", "docs/README.md"
 CARD = "docs/card.json"
+FILES = (WEIGHTS, CONFIG, METADATA, CARD, README)
 OURS = "voxtrast"  # the key in the metadata by which a bundle is known as one that may be replaced
 STATE_DICTS = (".pt", ".pth")
 
@@ -73,29 +75,29 @@ def _write_bundle(source: Source, folder: Path, force: bool) -> Exported:
         write_json(partial / CARD, about)
         readme = _readme(folder.name, about, fit)
         write_whole(partial / README, lambda path: path.write_text(readme, encoding="utf-8"))
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        for name in FILES:  # one by one: what else somebody put into an older bundle stays
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(partial / name, folder / name)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error}); free space or name another place") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    files = tuple(folder / name for name in (WEIGHTS, CONFIG, METADATA, CARD, README))
+    files = tuple(folder / name for name in FILES)
     lines = [f"{folder}: a MONAI bundle; {README} says how to use it, {CARD} where the weights come from"]
     return Exported(files, fit, [*lines, *fit.lines(), f"then: {_bundle_use(source, folder.name, folder.parent)[-1]}"])
 
 
-def network_of_bundle(config: Mapping[str, Any]) -> nn.Module:
-    """The network that MONAI builds from a bundle's configuration."""
+def built(definition: Mapping[str, Any]) -> nn.Module:
+    """The network that MONAI builds from `network_def`."""
     from monai.bundle.config_parser import ConfigParser
 
     with torch.random.fork_rng(devices=[]):
-        network: nn.Module = ConfigParser({"network_def": config["network_def"]}).get_parsed_content("network_def")
+        network: nn.Module = ConfigParser({"network_def": dict(definition)}).get_parsed_content("network_def")
     return network
 
 
 def _fit(source: Source, weights: dict[str, Tensor]) -> Fit:
-    expected = network_of_bundle({"network_def": network_definition(source.config, CLASSES)}).state_dict()
+    expected = built(network_definition(source.config, CLASSES)).state_dict()
     filled = [*source.untrained, *(name for name in expected if name.startswith(source.task_layers))]
     class_name = find_architecture(source.config.architecture).class_name
     return examine(

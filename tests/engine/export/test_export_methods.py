@@ -154,6 +154,7 @@ def network_of_definition(definition: dict[str, Any]) -> Any:
     return ConfigParser({"network_def": definition}).get_parsed_content("network_def")
 
 
+@pytest.mark.filterwarnings("ignore:parsing config_file")  # a bundle is code, MONAI says
 def test_monai_opens_the_bundle_by_name_for_any_number_of_classes(tmp_path: Path) -> None:
     method = write_weights(tmp_path, "dira")
     export(tmp_path, "monai", tmp_path / "bundle")
@@ -210,6 +211,16 @@ def test_nothing_is_replaced_without_force(to: str, tmp_path: Path) -> None:
         target.unlink()
         with pytest.raises(UserError, match="exists already"):
             export(tmp_path / "run", form, target)
+
+
+def test_what_was_added_to_a_bundle_stays_when_it_is_replaced(tmp_path: Path) -> None:
+    write_weights(tmp_path / "run", "pcl")
+    export(tmp_path / "run", "monai", tmp_path / "bundle")
+    mine = tmp_path / "bundle" / "models" / "finetuned.pt"
+    mine.write_text("days")
+    done = export(tmp_path / "run", "monai", tmp_path / "bundle", force=True)
+    assert {file for file in (tmp_path / "bundle").rglob("*") if file.is_file()} == {*done.files, mine}
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_command_prints_the_fit_and_takes_force(tmp_path: Path) -> None:
