@@ -132,6 +132,7 @@ if __name__ == "__main__":
                       "voxtrast.kernels.triton": ["configurations.json"],
                       "voxtrast.methods": ["py.typed", "recipes/*.yaml"],
                       "voxtrast.engine": ["py.typed"],
+                      "voxtrast.engine.reporting": ["page.css", "page.js"],
                       "voxtrast.csrc": COMPILED_ON_FIRST_USE},
         **compiled_parts(),
     )  # fmt: skip
