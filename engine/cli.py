@@ -181,7 +181,7 @@ def report(
         output,
         results=results or (),
         force=force,
-        say=lambda line: said.print(line, highlight=False, markup=False),
+        say=lambda line: said.print(line, highlight=False, markup=False, soft_wrap=True),
     )
     Console().print(f"wrote {output}", highlight=False)
 

@@ -92,7 +92,7 @@ def draw_displacement_error(training: Sequence[Line], validation: Sequence[Line]
     """Mean Euclidean error of the displacement beside that of predicting zero."""
 
     def fill() -> Figure:
-        figure, axes = _axes((7.5, 3.3))
+        figure, axes = _axes((5.6, 3.6))
         kinds = (("zero_error", GREY, "predicting zero", "s"), ("displacement_error", BLUE, "the method", "o"))
         for name, colour, words, marker in kinds:
             steps, values = series(training, f"monitor/{name}")

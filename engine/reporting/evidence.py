@@ -136,11 +136,12 @@ def restorations(run: LoadedRun, count: int) -> list[Restoration]:
             seen = run.method.inspect(batch)
             if "restored" not in seen:
                 return []
+            given = seen.get("input", batch[first])
             target = seen.get("target", batch.get(f"{first}_clean", batch[first]))
             for index, name in enumerate(batch["case"]):
                 case, restored = by_id[name], seen["restored"].float()
                 frame = frame_of(case.affine, case.spacing_mm, restored.ndim - 2)
-                images = (each.float()[index, 0] for each in (batch[first], target, restored))
+                images = (each.float()[index, 0] for each in (given, target, restored))
                 found.setdefault(name, Restoration(name, frame, *(_numpy(image) for image in images)))
             if len(found) >= count:
                 break

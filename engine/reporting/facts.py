@@ -128,6 +128,8 @@ def speed(config: Config, training: Sequence[Line]) -> list[str]:
         words += f"; {max(memory):.0f} MB of memory at most"
     if skipped := max((line.get("skipped") or 0 for line in training), default=0):
         words += f"; {skipped:g} steps were skipped"
+    else:
+        words += "; no step was skipped"
     table = page.table(("part", "seconds", "share", "median of a step (ms)"), rows)
     return [page.paragraph(words + "."), table, page.faint(SPEED)]
 

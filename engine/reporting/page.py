@@ -12,6 +12,9 @@ from ..errors import UserError
 
 MARK = '<meta name="generator" content="voxtrast report">'  # tells our pages from other files
 
+# A browser that reads it loads nothing from elsewhere, whatever the page says.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'"
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -180,6 +183,7 @@ def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{MARK}\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f'<meta name="color-scheme" content="light dark">\n<title>{escape(title)}</title>\n'
         f"<style>\n{style}</style>\n</head>\n<body>\n<header>\n"
         f'<h1>{escape(title)}</h1>\n<p class="faint">{escape(subtitle)}</p>\n'

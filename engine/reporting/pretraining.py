@@ -212,11 +212,12 @@ def course(training: Sequence[Line], validation: Sequence[Line]) -> list[str]:
     if any("monitor/displacement_error" in line for line in training):
         words = "Distance of the recovered from the true displacement, beside a method that always says zero."
         picture = curves.draw_displacement_error(training, validation)
-        blocks += [page.heading("Displacement error"), page.figure(picture, words, width_px=720)]
+        blocks += [page.heading("Displacement error"), page.figure(picture, words, width_px=620)]
     blocks += _held_aside(validation)
     if watched:
         blocks += [page.heading("Monitors"), page.grid(_figures(watched, training, validation))]
-    blocks += [page.heading("Schedule"), page.grid(_figures(COURSE, training, validation))]
+    rates = [name for name in COURSE if name != "skipped" or any(line.get(name) for line in training)]
+    blocks += [page.heading("Schedule"), page.grid(_figures(rates, training, validation))]
     window = max(1, len(training) // 20)
     steps = "Thin: each step" if len(training) <= curves.MOST_POINTS else "Pale: range of neighbouring steps"
     lines = f"{steps}; thick: mean of the last {window} steps" if window > 1 else "Lines: each step"
