@@ -191,7 +191,7 @@ def _run_sections(
         section("Views and displacement", of_network("matching"))
         if displacement
         else section("Views", of_network("views")),
-        *([section("Restoration", of_network("restorations"))] if about else []),
+        *([section("Restoration", of_network("restorations"))] if about and not displacement else []),
         section("Features", of_network("features")),
         section("Fine-tuning", lambda: finetuning(run, story, left_out)),
         section("Where it ran", lambda: facts.where_it_ran(run)),

@@ -127,7 +127,7 @@ def draw_overlaid(name: str, runs: Mapping[str, tuple[Sequence[Line], Sequence[L
             held_steps, held = series(validation, held_name(name))
             if not len(values) and not len(held):
                 continue
-            colour, label = COLOURS[number % len(COLOURS)], run
+            colour, label = COLOURS[number % len(COLOURS)], _short(run)
             if len(values):
                 steps, means, *_ = _binned(steps, _running_mean(values))
                 axes.plot(steps, means, color=colour, ls=DASHES[number % len(DASHES)], lw=1.8, label=label)
@@ -195,7 +195,7 @@ def draw_dice_by_labels(rows: Sequence[Row], dice: Callable[[Row], list[float]])
             axes.errorbar(
                 places, [row.dice for row in same], [row.std for row in same], color=colour, lw=1.8, capsize=3,
                 elinewidth=1.2, marker=MARKERS[number % len(MARKERS)], ms=5.5, ls=DASHES[number % len(DASHES)],
-                label=arm,
+                label=_short(arm),
             )  # fmt: skip
         _label_axis(axes, rows)
         _not_too_close(axes)
@@ -234,6 +234,11 @@ def draw_differences(rows: Sequence[Row]) -> Picture | None:
         return figure
 
     return _svg(fill)
+
+
+def _short(name: str) -> str:
+    """A legend must leave room for what it explains; paths differ at their ends."""
+    return name if len(name) <= 28 else f"…{name[-27:]}"
 
 
 def series(lines: Sequence[Line], name: str) -> tuple[Any, Any]:
