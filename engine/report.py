@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def _has_displacement(config: Config) -> bool:
     return any(view.displacement for view in build_method(config).views.views.values())
 
 
-def _overview(runs: dict[str, tuple[Config, comparison.Logs]], story: Story, drawing_seconds: float) -> Section:
+def _overview(runs: Mapping[str, tuple[Config, comparison.Logs]], story: Story, drawing_seconds: float) -> Section:
     blocks = [page.note(story.caveats[0])] if story.caveats else []
     if story.commands:
         blocks += [page.heading("Commands"), page.code("\n".join(story.commands))]
@@ -160,7 +160,12 @@ def _run_sections(
     training, validation = logs
     loaded: list[LoadedRun] = []
     prefix = f"{group}: " if group else ""
-    no_run = page.guarded(lambda: loaded.append(load_run(run)) or [], f"{prefix}trained network", left_out)
+
+    def load() -> list[str]:
+        loaded.append(load_run(run))
+        return []
+
+    no_run = page.guarded(load, f"{prefix}trained network", left_out)
     about = loaded[0] if loaded else None
 
     def section(title: str, *builders: Callable[[], list[str]]) -> Section:

@@ -137,7 +137,7 @@ def restorations(run: LoadedRun, count: int) -> list[Restoration]:
             if "restored" not in seen:
                 return []
             given = seen.get("input", batch[first])
-            target = seen.get("target", batch.get(f"{first}_clean", batch[first]))
+            target = seen["target"] if "target" in seen else batch.get(f"{first}_clean", batch[first])
             for index, name in enumerate(batch["case"]):
                 case, restored = by_id[name], seen["restored"].float()
                 frame = frame_of(case.affine, case.spacing_mm, restored.ndim - 2)
