@@ -238,7 +238,7 @@ def draw_differences(rows: Sequence[Row]) -> Picture | None:
 
 def _short(name: str) -> str:
     """A legend must leave room for what it explains; paths differ at their ends."""
-    return name if len(name) <= 28 else f"…{name[-27:]}"
+    return name if len(name) <= 36 else f"…{name[-35:]}"
 
 
 def series(lines: Sequence[Line], name: str) -> tuple[Any, Any]:

@@ -136,8 +136,8 @@ def restorations(run: LoadedRun, count: int) -> list[Restoration]:
             seen = run.method.inspect(batch)
             if "restored" not in seen:
                 return []
-            given = seen.get("input", batch[first])
-            target = seen["target"] if "target" in seen else batch.get(f"{first}_clean", batch[first])
+            given: Tensor = seen.get("input", batch[first])
+            target: Tensor = seen.get("target", batch[f"{first}_clean" if f"{first}_clean" in batch else first])
             for index, name in enumerate(batch["case"]):
                 case, restored = by_id[name], seen["restored"].float()
                 frame = frame_of(case.affine, case.spacing_mm, restored.ndim - 2)

@@ -97,5 +97,5 @@ def _jpeg(pixels: Volume) -> page.Picture:
 
     buffer = io.BytesIO()
     # Colours at full resolution: neighbouring voxels may be of different tissue.
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=QUALITY, subsampling=0, optimize=True)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=QUALITY, subsampling=0)
     return page.Picture(buffer.getvalue(), "jpeg")

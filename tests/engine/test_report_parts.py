@@ -53,6 +53,12 @@ def test_of_a_large_volume_some_slices_are_left_out() -> None:
     assert strips_of(html)[0].shape == (MOST_SLICES * 8, 8)
 
 
+def test_features_that_are_noise_are_drawn_as_well() -> None:
+    noise = np.random.default_rng(0).random((96, 96, 96, 3), np.float32)  # nothing that JPEG could leave out
+    html = leaf_through("case", frame_of(RAS, (1.0, 1.0, 1.0)), [Tile("features", noise)], centre=(48, 48, 48))
+    assert [strip.shape for strip in strips_of(html)] == [(MOST_SLICES * 96, 96, 3)] * 3
+
+
 def test_a_slice_of_two_dimensions_has_no_slider() -> None:
     colours = np.ones((8, 6, 3), np.float32) * np.array([1.0, 0.0, 0.0], np.float32)
     html = leaf_through("case", frame_of(RAS, (4.0, 3.0, 2.0), dimensions=2), [Tile("colours", colours)])
