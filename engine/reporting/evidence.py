@@ -136,8 +136,9 @@ def restorations(run: LoadedRun, count: int) -> list[Restoration]:
             seen = run.method.inspect(batch)
             if "restored" not in seen:
                 return []
-            given: Tensor = seen.get("input", batch[first])
-            target: Tensor = seen.get("target", batch[f"{first}_clean" if f"{first}_clean" in batch else first])
+            clean = f"{first}_clean" if f"{first}_clean" in batch else first
+            given = seen["input"] if "input" in seen else batch[first]
+            target = seen["target"] if "target" in seen else batch[clean]
             for index, name in enumerate(batch["case"]):
                 case, restored = by_id[name], seen["restored"].float()
                 frame = frame_of(case.affine, case.spacing_mm, restored.ndim - 2)

@@ -14,8 +14,8 @@ from .planes import Frame, Plane, centre_of, planes_through, window_of
 
 Volume = NDArray[Any]
 
-MOST_SLICES = 32  # of one direction; of a larger volume every second or third is there, so that the page stays small
-QUALITY = 85  # of JPEG
+MOST_SLICES = 24  # of one direction; of a larger volume every second or third is there, so that the page stays small
+QUALITY = 80  # of JPEG
 WIDEST_PX = 230
 
 
