@@ -133,6 +133,7 @@ if __name__ == "__main__":
                       "voxtrast.methods": ["py.typed", "recipes/*.yaml"],
                       "voxtrast.engine": ["py.typed"],
                       "voxtrast.benchmarks": ["label_efficiency.yaml"],
+                      "voxtrast.engine.reporting": ["page.css", "page.js"],
                       "voxtrast.csrc": COMPILED_ON_FIRST_USE},
         **compiled_parts(),
     )  # fmt: skip

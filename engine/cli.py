@@ -198,11 +198,22 @@ def export(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
     output: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    results: Annotated[
+        list[Path] | None, typer.Option(help="More lines of fine-tuning to compare: a finetune.jsonl. Repeatable.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is no report.")] = False,
 ) -> None:
-    """One self-contained HTML page about runs: views, recovered displacements, features, curves, Dice."""
+    """One self-contained HTML page about runs: settings, curves, views, displacements, features, Dice, speed."""
     from .report import write_report
 
-    write_report(runs, output)
+    said = Console(stderr=True)
+    write_report(
+        runs,
+        output,
+        results=results or (),
+        force=force,
+        say=lambda line: said.print(line, highlight=False, markup=False, soft_wrap=True),
+    )
     Console().print(f"wrote {output}", highlight=False)
 
 

@@ -275,6 +275,7 @@ class _Demo:
         write_report(
             [self.pretrained],
             report,
+            force=True,  # the folder is the demo's own
             story=Story(
                 title="voxtrast demo",
                 commands=commands,

@@ -2,20 +2,23 @@
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from .config import Config, read_config
+from .downstream.table import read_lines
 from .errors import UserError
-from .reporting import page
+from .reporting import comparison, evidence, facts, page
+from .reporting.finetuning import finetuning, label_efficiency
 from .reporting.page import Section
 from .reporting.story import Phase, Story
 from .runs import LoadedRun, build_method, load_run
+from .starts import device_name
 from .weights import write_whole
 
 __all__ = ["Phase", "Story", "write_report"]
@@ -31,6 +34,7 @@ PACKAGES = (
     "numpy",
     "scipy",
     "SimpleITK",
+    "matplotlib",
 )
 DISPLACEMENT_CAVEAT = (
     "The displacement error is measured on fields drawn as in training, on cases that training never saw; fields of "
@@ -42,49 +46,102 @@ GENERAL_CAVEATS = (
     "The colours of features show what varies most, not what is most useful.",
 )
 
+Builder = Callable[[LoadedRun, Story], list[str]]
 
-def write_report(runs: Sequence[Path], output: Path, *, story: Story | None = None) -> Path:
+
+def write_report(
+    runs: Sequence[Path],
+    output: Path,
+    *,
+    story: Story | None = None,
+    results: Sequence[Path] = (),
+    force: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Writes the page; what a run lacks is said in its place.
 
     Args:
         runs: folders of runs, finished or not.
-        output: the HTML file, replaced as a whole.
+        output: the HTML file, replaced as a whole where it is a report already.
         story: what to tell beyond the runs.
+        results: files of the form of `finetune.jsonl`, or folders that hold one, to compare beside the runs' own.
+        force: replaces whatever the output is.
+        say: gets a line for each part that was left out.
 
     Returns: output.
-    Raises: UserError where a folder holds no run, or the page cannot be written.
+    Raises: UserError where a folder holds no run, results cannot be read, or the page cannot be written.
     """
     started = time.perf_counter()
     story = story or Story()
+    runs, output = [Path(run) for run in runs], Path(output)
     if not runs:
         raise UserError("report: no run given; name at least one folder that `voxtrast pretrain` wrote")
-    if find_spec("matplotlib") is None:
-        raise UserError("matplotlib: not installed, and the report draws with it; pip install 'voxtrast[demo]'")
-    configs = [read_config(Path(run) / "config.yaml") for run in runs]
+    check_output(output, force)
+    configs = [read_config(run / "config.yaml") for run in runs]
+    given = read_lines(results)
+    names = _names(runs)
+    logs = {name: evidence.read_log(run) for name, run in zip(names, runs, strict=True)}
+    left_out: list[str] = []
     sections: list[Section] = []
-    for run, config in zip(runs, configs, strict=True):
-        prefix = f"{Path(run).name}: " if len(runs) > 1 else ""
-        sections += [Section(prefix + each.title, each.blocks) for each in _run_sections(Path(run), config, story)]
+    for name, run, config in zip(names, runs, configs, strict=True):
+        group = name if len(runs) > 1 else ""
+        sections += _run_sections(run, config, logs[name], story, group, left_out)
+    if given:
+        sections.append(_label_efficiency(given, runs, story, left_out))
     if story.exports:
         sections.append(Section("Export", [page.code("\n".join(story.exports))]))
     own = [DISPLACEMENT_CAVEAT] if any(_has_displacement(config) for config in configs) else []
-    sections.append(Section("What this does not show", [page.bullets([*story.caveats, *own, *GENERAL_CAVEATS])]))
-    sections.insert(0, _overview(runs, configs, story, time.perf_counter() - started))
-    subtitle = f"About {', '.join(str(run) for run in runs)}"
-    text = page.render(story.title, subtitle, sections)
-    write_whole(Path(output), lambda partial: Path(partial).write_text(text, encoding="utf-8"))
-    return Path(output)
+    caveats = [*story.caveats, *own, *GENERAL_CAVEATS]
+    sections.append(Section("What this does not show", [page.bullets(caveats)]))
+    if len(runs) > 1:
+        drawn = page.guarded(lambda: comparison.overlaid(logs), "comparison", left_out)
+        sections.insert(0, Section("Comparison of the runs", drawn))
+    by_name = {name: (config, logs[name]) for name, config in zip(names, configs, strict=True)}
+    sections.insert(0, _overview(by_name, story, time.perf_counter() - started))
+    text = page.render(story.title, f"About {', '.join(str(run) for run in runs)}", sections)
+    write_whole(output, lambda partial: Path(partial).write_text(text, encoding="utf-8"))
+    for line in left_out:
+        say(f"left out: {line}")
+    return output
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Raises: UserError where the page would replace what is not a report."""
+    if output.is_dir():
+        raise UserError(f"--output {output}: a folder; name a file, for example {output / 'report.html'}")
+    if force or not output.exists():
+        return
+    try:
+        with open(output, "rb") as file:
+            ours = page.MARK.encode() in file.read(2000)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be read ({error.strerror}); name another file") from None
+    if not ours:
+        raise UserError(
+            f"--output {output}: exists and was not written by `voxtrast report`; name another file, or give --force "
+            f"to replace it"
+        )
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """The folders' names, and their whole paths where two have one name."""
+    names = [run.resolve().name for run in runs]
+    unlike = [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]
+    if len(set(unlike)) < len(unlike):
+        again = next(name for name in unlike if unlike.count(name) > 1)
+        raise UserError(f"report: {again} is given twice; name each run once")
+    return unlike
 
 
 def _has_displacement(config: Config) -> bool:
     return any(view.displacement for view in build_method(config).views.views.values())
 
 
-def _overview(runs: Sequence[Path], configs: Sequence[Config], story: Story, drawing_seconds: float) -> Section:
+def _overview(runs: Mapping[str, tuple[Config, comparison.Logs]], story: Story, drawing_seconds: float) -> Section:
     blocks = [page.note(story.caveats[0])] if story.caveats else []
     if story.commands:
         blocks += [page.heading("Commands"), page.code("\n".join(story.commands))]
-    blocks += [page.heading("Runs"), *_results(runs, configs)]
+    blocks += [page.heading("Runs"), *comparison.results(runs)]
     if story.phases:
         phases = [*story.phases, Phase("report", drawing_seconds, "this page")]
         rows = [
@@ -97,73 +154,69 @@ def _overview(runs: Sequence[Path], configs: Sequence[Config], story: Story, dra
     return Section("What was run", blocks)
 
 
-def _results(runs: Sequence[Path], configs: Sequence[Config]) -> list[str]:
-    """A line a run; the loss where no run finds a displacement."""
-    from .reporting.evidence import read_log
-    from .reporting.pretraining import held_aside_error
+def _run_sections(
+    run: Path, config: Config, logs: comparison.Logs, story: Story, group: str, left_out: list[str]
+) -> list[Section]:
+    training, validation = logs
+    loaded: list[LoadedRun] = []
+    prefix = f"{group}: " if group else ""
 
-    displacement = any(_has_displacement(config) for config in configs)
-    rows = []
-    for run, config in zip(runs, configs, strict=True):
-        training, validation = read_log(Path(run))
-        errors = [found for line in validation if (found := held_aside_error(line)) is not None]
-        shown = ["–", "–", "–"] if displacement else ["–", "–"]
-        if displacement and errors:
-            shown = [f"{errors[0][0]:.2f}", f"{errors[-1][0]:.2f}", f"{errors[-1][1]:.2f}"]
-        elif validation and not displacement:
-            shown = [f"{line['loss']:.4g}" for line in (validation[0], validation[-1])]
-        steps = f"{training[-1]['step'] if training else 0} of {config.train.steps}"
-        rows.append((Path(run).name, config.recipe, steps, *shown))
-    if not displacement:
-        losses = page.table(("run", "recipe", "steps", "loss, held aside, at first", "at last"), rows)
-        return [losses, page.faint("Where stages change what the loss is of, the two are not of the same terms.")]
-    columns = ("run", "recipe", "steps", "displacement error at first", "at last", "predicting zero")
-    words = "Mean Euclidean distance in voxels, over the valid voxels of the cases held aside."
-    return [page.table(columns, rows), page.faint(words)]
+    def load() -> list[str]:
+        loaded.append(load_run(run))
+        return []
 
+    no_run = page.guarded(load, f"{prefix}trained network", left_out)
+    about = loaded[0] if loaded else None
 
-def _run_sections(run: Path, config: Config, story: Story) -> list[Section]:
-    from .reporting import evidence, pretraining
-    from .reporting.finetuning import finetuning
+    def section(title: str, *builders: Callable[[], list[str]]) -> Section:
+        parts = [page.guarded(build, f"{prefix}{title.lower()}", left_out) for build in builders]
+        return Section(title, [block for part in parts for block in part], group)
 
-    training, validation = evidence.read_log(run)
-    loaded: LoadedRun | None = None
-    trouble = ""
-    try:
-        loaded = load_run(run)
-    except UserError as error:
-        trouble = str(error)
+    def with_pictures(name: str, *arguments: Any) -> Callable[[], list[str]]:
+        def build() -> list[str]:
+            from .reporting import pretraining  # needs matplotlib, which the words do without
 
-    def with_run(title: str, build: Callable[[LoadedRun, Story], list[str]]) -> Section:
-        if loaded is None:
-            return Section(title, [page.note(f"Left out: {trouble}.")])
-        try:
-            return Section(title, build(loaded, story))
-        except UserError as error:
-            return Section(title, [page.note(f"Left out: {error}.")])
+            blocks: list[str] = getattr(pretraining, name)(*arguments)
+            return blocks
 
-    return [
-        Section("Settings and speed", pretraining.settings(config, training, loaded)),
-        with_run("Input", pretraining.inputs),
-        with_run("Views and displacement", pretraining.matching)
-        if _has_displacement(config)
-        else with_run("Views", pretraining.views),
-        with_run("Features", pretraining.features),
-        Section("Curves", pretraining.course(training, validation)),
-        Section("Fine-tuning", finetuning(run, story)),
+        return build
+
+    def of_network(name: str) -> Callable[[], list[str]]:
+        return (lambda: no_run) if about is None else with_pictures(name, about, story)
+
+    displacement = _has_displacement(config)
+    sections = [
+        section(
+            "What it is", lambda: facts.what_it_is(run, config, training, about), with_pictures("warnings", training)
+        ),
+        section("Configuration", lambda: facts.configuration(run, config)),
+        section("Curves", with_pictures("course", training, validation)),
+        section("Speed", lambda: facts.speed(config, training), with_pictures("speed", training)),
+        section("Input", of_network("inputs")),
+        section("Views and displacement", of_network("matching"))
+        if displacement
+        else section("Views", of_network("views")),
+        *([section("Restoration", of_network("restorations"))] if about and not displacement else []),
+        section("Features", of_network("features")),
+        section("Fine-tuning", lambda: finetuning(run, story, left_out)),
+        section("Where it ran", lambda: facts.where_it_ran(run)),
     ]
+    return [each for each in sections if each.blocks]  # a method that restores nothing has no such section
+
+
+def _label_efficiency(given: list[dict[str, Any]], runs: Sequence[Path], story: Story, left_out: list[str]) -> Section:
+    """The given results beside those of the runs."""
+    lines = list(given)
+    own = [run / "finetune" / "finetune.jsonl" for run in runs]
+
+    def build() -> list[str]:
+        lines.extend(line for line in read_lines([path for path in own if path.is_file()]) if line not in given)
+        return label_efficiency(lines, story, left_out)
+
+    return Section("Label efficiency", page.guarded(build, "label efficiency", left_out))
 
 
 def _machine() -> list[tuple[str, str]]:
-    processor = platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        names = [
-            line.split(":", 1)[1].strip()
-            for line in information.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        processor = f"{names[0]} ({processor})" if names else processor
     cores = len(psutil.Process().cpu_affinity() or [])
     packages = []
     for name in PACKAGES:
@@ -171,8 +224,9 @@ def _machine() -> list[tuple[str, str]]:
             packages.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
+    memory = psutil.virtual_memory().total / 2**30
     return [
-        ("processor", f"{processor}, {cores} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB of memory"),
+        ("processor", f"{device_name('cpu')}, {cores} cores, {memory:.0f} GiB of memory"),
         ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
         ("system", f"{platform.system()} {platform.release()}, Python {platform.python_version()}"),
         ("packages", ", ".join(packages)),

@@ -30,6 +30,7 @@ from .rates import derivation, rate_factor, stage_rate
 from .runs import build_method
 from .saving import Saver, origin_of
 from .signals import TO_BE_CONTINUED, Clock, Interrupted, StopSignal
+from .starts import note_start
 from .stepper import Stepper
 from .watchdog import at
 from .weights import RUN_WEIGHTS, save_weights
@@ -81,6 +82,8 @@ class Trainer:
             for moment in moments:
                 if moment.first >= start:
                     stages.check_start(moment, self.method)
+        size, device = self.ranks.size, self.ranks.device
+        self.ranks.on_first(lambda: note_start(self.run, step=start, ranks=size, device=device))
         with self.signal, Monitor(self.run, self.ranks, start, steps) as monitor, self.saver:
             validation = self._validation_batches()
             self._preflight(validation or self._draw(self.cases, "validation", 1), monitor)

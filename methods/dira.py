@@ -225,10 +225,14 @@ class Dira(Method):
 
     @torch.no_grad()
     def inspect(self, batch: Batch) -> dict[str, Tensor]:
-        """The query view's full-resolution features (B, C, *S) and what is restored of it, as stored (B, 1, *S)."""
+        """The query view's full-resolution features (B, C, *S); what is restored of it and what should be."""
         _, decoder_maps = self.backbone(batch["x1"])
-        low, high = self.config.intensity_range
-        return {"features": decoder_maps[-1], "restored": low + (high - low) * self._output(decoder_maps[-1])}
+        found = {"features": decoder_maps[-1]}
+        if self._restores():
+            low, high = self.config.intensity_range
+            restored = {"restored": self._output(decoder_maps[-1]), "target": self._target(batch)}
+            found |= {name: low + (high - low) * image for name, image in restored.items()}
+        return found
 
     def transferable(self) -> dict[str, Tensor]:
         return self.backbone.transferable()

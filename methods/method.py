@@ -123,7 +123,12 @@ class Method(nn.Module):
         return {}
 
     def inspect(self, batch: Batch) -> dict[str, Tensor]:
-        """What a report draws of a batch, without gradients."""
+        """What a report draws of a batch, without gradients.
+
+        Returns: where the method has them, `features` (B, C, *S) of a view; `displacement` (B, D, *S) in voxels;
+            `restored` (B, 1, *S) with its `input`, where that is not the first view, and its `target`, where that is
+            not the clean first view.
+        """
         return {}
 
     def _apply(self, function: Any, recurse: bool = True) -> "Method":

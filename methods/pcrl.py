@@ -236,9 +236,14 @@ class Pcrl(Method):
 
     @torch.no_grad()
     def inspect(self, batch: Batch) -> dict[str, Tensor]:
-        """The full-resolution features of the first view, as it is without its transform."""
-        _, maps = self.backbone(self._images(batch)[:, 0])
-        return {"features": maps[-1]}
+        """The full-resolution features (b, C, *S) of the first view, as it is without its transform; what the mixed
+        branch restores of it, Dec(F1)."""
+        images = self._images(batch)
+        _, maps = self.backbone(images[:, 0])
+        found = {"features": maps[-1]}
+        if self.schedule.ever("restoration"):
+            found |= {"input": images[:, 0], "restored": self.restore(maps[-1]), "target": images[:, 2]}
+        return found
 
     def transferable(self) -> dict[str, Tensor]:
         return self.backbone.transferable()

@@ -177,9 +177,10 @@ class PcrlV2(Method):
 
     @torch.no_grad()
     def inspect(self, batch: Batch) -> dict[str, Tensor]:
-        """The full-resolution features of the first view (b, C, *S) and the image restored from them (b, 1, *S)."""
+        """The full-resolution features of the first view (b, C, *S), and the image restored from them (b, 1, *S)."""
         _, maps = self.backbone(batch["x1"])
-        return {"features": maps[-1], "restored": self.restore(maps[-1])}
+        found = {"features": maps[-1]}
+        return found | {"restored": self.restore(maps[-1])} if self.schedule.ever("restoration") else found
 
     def transferable(self) -> dict[str, Tensor]:
         return self.backbone.transferable()

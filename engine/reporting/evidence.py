@@ -23,7 +23,6 @@ from ..runs import LoadedRun, build_method
 from ..validation_views import validation_views
 from ..weights import load_weights
 from .planes import Frame, frame_of
-from .volumes import MatchedPair
 
 Volume = NDArray[Any]
 Line = dict[str, Any]
@@ -40,14 +39,39 @@ def _read_lines(path: Path) -> list[Line]:
     lines: list[Line] = []
     if not path.is_file():
         return lines
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue  # the step that a kill interrupted
-        if isinstance(line, dict) and "step" in line:
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     return lines
+
+
+@dataclass(frozen=True)
+class MatchedPair:
+    """A pair of views of a held-aside case with the true and the recovered displacement; S is the crop."""
+
+    case: str
+    frame: Frame
+    moving: Volume  # (*S)
+    fixed: Volume  # (*S)
+    true: Volume  # (D, *S) voxels
+    recovered: Volume  # (D, *S) voxels
+    mask: Volume  # (*S) 0 or 1
+    warped_true: Volume  # (*S) moving, warped by the true displacement
+    warped_recovered: Volume  # (*S)
+
+    @property
+    def error(self) -> Volume:
+        """(*S) Euclidean distance of the recovered from the true displacement, voxels."""
+        return numpy.sqrt(((self.recovered - self.true) ** 2).sum(axis=0))
+
+    @property
+    def magnitude(self) -> Volume:
+        """(*S) length of the true displacement: the error of predicting zero, voxels."""
+        return numpy.sqrt((self.true**2).sum(axis=0))
 
 
 def match_pairs(run: LoadedRun) -> list[MatchedPair]:
@@ -87,6 +111,42 @@ def differing_cases(pairs: Sequence[MatchedPair], count: int) -> list[MatchedPai
     for pair in pairs:
         first.setdefault(pair.case, pair)
     return list(first.values())[:count]
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """A view of a held-aside case, what should be restored of it, and what is; all (*S)."""
+
+    case: str
+    frame: Frame
+    seen: Volume
+    target: Volume
+    restored: Volume
+
+
+def restorations(run: LoadedRun, count: int) -> list[Restoration]:
+    """Of the first `count` cases that validation looks at; none where the method restores nothing."""
+    if not run.validation_cases:
+        raise UserError("no case is held aside (validation.fraction=0), so there is no unseen view to show")
+    by_id = {case.id: case for case in run.validation_cases}
+    found: dict[str, Restoration] = {}
+    first = next(iter(run.method.views.views))
+    with validation_views(run, run.validation_cases) as views:
+        for [batch] in itertools.islice(views, run.config.validation.batches):
+            seen = run.method.inspect(batch)
+            if "restored" not in seen:
+                return []
+            clean = f"{first}_clean" if f"{first}_clean" in batch else first
+            given = seen["input"] if "input" in seen else batch[first]
+            target = seen["target"] if "target" in seen else batch[clean]
+            for index, name in enumerate(batch["case"]):
+                case, restored = by_id[name], seen["restored"].float()
+                frame = frame_of(case.affine, case.spacing_mm, restored.ndim - 2)
+                images = (each.float()[index, 0] for each in (given, target, restored))
+                found.setdefault(name, Restoration(name, frame, *(_numpy(image) for image in images)))
+            if len(found) >= count:
+                break
+    return list(found.values())[:count]
 
 
 @dataclass(frozen=True)
@@ -148,6 +208,8 @@ def principal_colours(maps: Sequence[FeatureMap]) -> tuple[list[Volume], list[fl
     foreground = first.image > first.image.mean(dtype=numpy.float64)
     samples = first.features[:, foreground].astype(numpy.float64)
     mean = samples.mean(axis=1, keepdims=True)
+    if len(samples) < 3:
+        raise UserError(f"{len(samples)} features a voxel: three are needed for red, green and blue")
     values, vectors = numpy.linalg.eigh(numpy.cov(samples - mean))
     values, vectors = values[::-1], vectors[:, ::-1][:, :3]
     # An eigenvector has no sign of its own: its largest entry is made positive.

@@ -1,27 +1,30 @@
-"""The section of a report about fine-tuning: the label-efficiency table, and what the models say of a test case."""
+"""The sections of a report about fine-tuning: label-efficiency tables and plots, and what the models say of a case."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..downstream.table import Row, label_table, read_lines
-from ..errors import UserError
-from . import curves, evidence, page, volumes
+from . import evidence, page
 from .story import Story
 
 Line = dict[str, Any]
 ARMS = {"pretrained": "pretrained", "scratch": "from scratch"}
 TABLE = (
-    "±: standard deviation over seeds. Interval: bootstrap over the test cases, paired by case and seed. Both arms "
+    "±: standard deviation over seeds. Interval: bootstrap over seeds and test cases, paired by both. Arms of a table "
     "have the same cases, crops and number of steps; the from-scratch arm is not trained to its plateau."
 )
+BY_LABELS = "Mean Dice on the test cases against the number of labelled ones: mean and standard deviation, dots: seeds."
+DIFFERENCES = "Difference to training from scratch, paired by seed and case, with its 95 % interval."
 SEGMENTATIONS = (
     "One test case, axial and coronal: the truth, what each arm says (fewest labels, first seed), and in white the "
     "voxels where it is wrong."
 )
 
 
-def finetuning(run: Path, story: Story) -> list[str]:
+def finetuning(run: Path, story: Story, left_out: list[str]) -> list[str]:
     """Tables and pictures of RUN/finetune, or a sentence where there is none."""
     results = run / "finetune" / "finetune.jsonl"
     if not results.is_file():
@@ -29,30 +32,83 @@ def finetuning(run: Path, story: Story) -> list[str]:
     lines = read_lines([results])
     if not lines:
         return [page.note(f"No fine-tuning yet: {results} is empty.")]
-    rows = label_table(lines)
+    blocks = label_efficiency(lines, story, left_out)
+    blocks.append(page.folded(f"Every run ({len(lines)})", _runs(lines, story)))
+    return [*blocks, *page.guarded(lambda: _segmentations(lines, story), "segmentations", left_out)]
+
+
+def label_efficiency(lines: Sequence[Line], story: Story, left_out: list[str]) -> list[str]:
+    """For each setting the table, Dice against labels, the paired differences, and the classes at fewest labels.
+
+    Args:
+        lines: as `voxtrast finetune` writes them.
+        left_out: gets a line for each picture that could not be drawn.
+    """
+    rows = label_table(list(lines))
     blocks: list[str] = []
     for setting in dict.fromkeys(row.setting for row in rows):
-        same = [row for row in rows if row.setting == setting]
+        same = [_named(row) for row in rows if row.setting == setting]
         blocks += [page.paragraph(setting), _table(same, story)]
-    blocks.append(page.faint(TABLE))
-    fewest = min(row.labels for row in rows)
-    blocks.append(
-        page.figure(
-            curves.draw_dice(_dice_by_arm(lines, fewest, story)),
-            (f"Dice on the test cases, {fewest} labelled training {'case' if fewest == 1 else 'cases'}."),
-            640,
+        blocks += page.guarded(partial(_plots, same, lines, story), f"plots of {setting}", left_out)
+    return [*blocks, page.faint(TABLE)]
+
+
+def _named(row: Row) -> Row:
+    return replace(row, arm=ARMS.get(row.arm, row.arm))
+
+
+def _plots(rows: Sequence[Row], lines: Sequence[Line], story: Story) -> list[str]:
+    from . import curves
+
+    runs: dict[tuple[int, str, int], Line] = {}
+    for line in lines:  # a run that was repeated counts once, the last time
+        [only] = map(_named, label_table([line]))
+        if only.setting == rows[0].setting:
+            runs[only.labels, only.arm, only.seeds[0]] = line
+
+    def dice(row: Row) -> list[float]:
+        return [float(runs[row.labels, row.arm, seed]["dice"]["mean"]) for seed in row.seeds]
+
+    said = "; ".join(f"{row.arm}, {row.labels} labels: {row.dice:.3f} ± {row.std:.3f}" for row in rows)
+    figures = [page.figure(curves.draw_dice_by_labels(rows, dice), BY_LABELS, alt=f"{BY_LABELS} {said}")]
+    differences = curves.draw_differences(rows)
+    if differences is not None:
+        found = [(row, row.difference) for row in rows if row.difference is not None]
+        said = "; ".join(
+            f"{row.arm}, {row.labels} labels: {paired.mean:+.3f}, {paired.low:+.3f} to {paired.high:+.3f}"
+            for row, paired in found
         )
+        figures.append(page.figure(differences, DIFFERENCES, alt=f"{DIFFERENCES} {said}"))
+    fewest = min(row.labels for row in rows)
+    arms = {row.arm: _by_class(row, runs, story) for row in rows if row.labels == fewest}
+    words = (
+        f"Dice with {fewest} labelled training {'case' if fewest == 1 else 'cases'}; marks: seeds, bars: their mean."
     )
-    blocks += [page.heading("Every run"), _runs(lines, story)]
-    try:
-        shown = evidence.segmentations(lines)
-    except UserError as error:
-        return [*blocks, page.note(f"No picture of segmentations: {error}.")]
-    predictions = {_arm(arm): volume for arm, volume in shown.predictions.items()}
+    figures.append(page.figure(curves.draw_dice(arms), words))
+    return [page.grid(figures)]
+
+
+def _by_class(row: Row, runs: dict[tuple[int, str, int], Line], story: Story) -> dict[str, list[float]]:
+    """{mean or class: a Dice for each seed}."""
+    groups: dict[str, list[float]] = {}
+    for seed in row.seeds:
+        found = runs[row.labels, row.arm, seed]["dice"]
+        classes = {story.class_name(value): dice for value, dice in found["classes"].items()}
+        for name, dice in {"mean": found["mean"], **classes}.items():
+            if dice is not None:
+                groups.setdefault(name, []).append(dice)
+    return groups
+
+
+def _segmentations(lines: Sequence[Line], story: Story) -> list[str]:
+    from . import volumes
+
+    shown = evidence.segmentations(lines)
+    predictions = {ARMS.get(arm, arm): volume for arm, volume in shown.predictions.items()}
     picture = volumes.draw_segmentations(
         shown.case, shown.frame, shown.image, shown.truth, predictions, story.class_names
     )
-    return [*blocks, page.figure(picture, SEGMENTATIONS)]
+    return [page.heading("A test case"), page.figure(picture, SEGMENTATIONS, least_px=680)]
 
 
 def _table(rows: Sequence[Row], story: Story) -> str:
@@ -68,75 +124,25 @@ def _table(rows: Sequence[Row], story: Story) -> str:
                 f"{found.low:+.3f} to {found.high:+.3f}",
                 f"{found.better} of {found.cases}",
             )
-        cells.append(
-            (
-                row.labels,
-                ARMS["scratch"] if row.arm == "scratch" else row.arm,
-                ", ".join(map(str, row.seeds)),
-                f"{row.dice:.3f}{spread}",
-                *(_dice(row.classes.get(value)) for value in classes),
-                *difference,
-            )
-        )
-    header = (
-        "labels",
-        "arm",
-        "seeds",
-        "Dice",
-        *(story.class_name(value) for value in classes),
-        "difference to scratch",
-        "95 % interval",
-        "cases better",
-    )
+        dice = (_dice(row.classes.get(value)) for value in classes)
+        seeds = ", ".join(map(str, row.seeds))
+        cells.append((row.labels, row.arm, seeds, f"{row.dice:.3f}{spread}", *dice, *difference))
+    names = (story.class_name(value) for value in classes)
+    header = ("labels", "arm", "seeds", "Dice", *names, "difference to scratch", "95 % interval", "cases better")
     return page.table(header, cells)
 
 
 def _runs(lines: Sequence[Line], story: Story) -> str:
     classes = list(dict.fromkeys(value for line in lines for value in line["dice"]["classes"]))
-    header = (
-        "arm",
-        "labels",
-        "seed",
-        "Dice",
-        *(story.class_name(value) for value in classes),
-        "training loss, first",
-        "last",
-        "seconds",
-    )
-    return page.table(
-        header,
-        [
-            (
-                _arm(line["arm"]),
-                line["labels"],
-                line["seed"],
-                _dice(line["dice"]["mean"]),
-                *(_dice(line["dice"]["classes"].get(value)) for value in classes),
-                f"{line['loss']['first']:.3f}",
-                f"{line['loss']['last']:.3f}",
-                f"{line['seconds']:.1f}",
-            )
-            for line in lines
-        ],
-    )
-
-
-def _dice_by_arm(lines: Sequence[Line], labels: int, story: Story) -> dict[str, dict[str, list[float]]]:
-    """{arm: {class: a Dice for each seed}}; a run that was repeated counts once, the last time."""
-    last = {(line["arm"], line["seed"]): line for line in lines if line["labels"] == labels}
-    arms: dict[str, dict[str, list[float]]] = {}
-    for (arm, _), line in last.items():
-        groups = arms.setdefault(_arm(arm), {})
-        classes = {story.class_name(value): dice for value, dice in line["dice"]["classes"].items()}
-        values: dict[str, float | None] = {"mean": line["dice"]["mean"], **classes}
-        for name, dice in values.items():
-            if dice is not None:
-                groups.setdefault(name, []).append(dice)
-    return arms
-
-
-def _arm(name: str) -> str:
-    return ARMS.get(name, name)
+    names = (story.class_name(value) for value in classes)
+    header = ("arm", "labels", "seed", "Dice", *names, "training loss, first", "last", "seconds")
+    rows = []
+    for line in lines:
+        dice = (_dice(line["dice"]["classes"].get(value)) for value in classes)
+        loss = (f"{line['loss'][when]:.3f}" for when in ("first", "last"))
+        arm, mean = ARMS.get(line["arm"], line["arm"]), _dice(line["dice"]["mean"])
+        rows.append((arm, line["labels"], line["seed"], mean, *dice, *loss, f"{line['seconds']:.1f}"))
+    return page.table(header, rows)
 
 
 def _dice(value: float | None) -> str:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
-from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 AXES = ("D", "H", "W")
@@ -17,7 +16,7 @@ class Frame:
     """What ties a grid to the body: voxel size, and the letters at the low and high end of each array axis."""
 
     spacing_mm: tuple[float, ...]
-    letters: tuple[tuple[str, str], ...]
+    letters: tuple[tuple[str, str], ...]  # empty ones where the grid is turned against the body
 
     @property
     def dimensions(self) -> int:
@@ -62,9 +61,32 @@ def planes_through(point: Sequence[int], frame: Frame) -> list[Plane]:
         return [Plane("slice", None, 0, 0, 1)]
     names = {"S": "axial", "I": "axial", "A": "coronal", "P": "coronal", "R": "sagittal", "L": "sagittal"}
     return [
-        Plane(names[frame.letters[axis][1]], axis, int(point[axis]), *(other for other in range(3) if other != axis))
+        Plane(
+            names.get(frame.letters[axis][1], f"across {AXES[axis]}"),
+            axis,
+            int(point[axis]),
+            *(other for other in range(3) if other != axis),
+        )
         for axis in range(3)
     ]
+
+
+def centre_of(weight: NDArray[Any]) -> list[int]:
+    """The voxel in the middle of what is brighter than the volume's mean."""
+    bright = weight > weight.mean(dtype=numpy.float64)
+    if not bright.any():
+        return [size // 2 for size in weight.shape]
+    middle = []
+    for axis in range(weight.ndim):
+        counts = bright.sum(axis=tuple(a for a in range(weight.ndim) if a != axis)).cumsum()
+        middle.append(int(numpy.searchsorted(counts, counts[-1] / 2)))
+    return middle
+
+
+def window_of(image: NDArray[Any]) -> tuple[float, float]:
+    """The values to show as black and white: few voxels lie beyond them."""
+    low, high = numpy.percentile(image.astype(numpy.float32), (0.5, 99.7))
+    return float(low), float(max(high, low + 1e-6))
 
 
 def show(
@@ -86,6 +108,8 @@ def show(
 
     Returns: what imshow returns.
     """
+    from matplotlib.patheffects import withStroke  # here: pages without pictures need the planes as well
+
     vertical_mm, horizontal_mm = frame.spacing_mm[plane.vertical], frame.spacing_mm[plane.horizontal]
     rows, columns = picture.shape[:2]
     scale = (vertical_mm, horizontal_mm) if unit == "mm" else (1.0, 1.0)

@@ -1,17 +1,17 @@
 """Pictures of volumes: cases, views, displacements, features, segmentations. Dark ground, as a viewer has it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy
-from matplotlib import rc_context
-from matplotlib.colors import ListedColormap
+from matplotlib import colormaps, rc_context
+from matplotlib.colors import ListedColormap, to_hex
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from .evidence import MatchedPair
 from .page import Picture, draw
-from .planes import Frame, Plane, planes_through, show
+from .planes import Frame, Plane, centre_of, planes_through, show, window_of
 
 GROUND, INK = "#14171b", "#e4e7eb"
 TRUE_COLOUR, RECOVERED_COLOUR = "#4cc9f0", "#ffb703"
@@ -35,32 +35,9 @@ DARK = {
     "hatch.color": "#3a414a",
 }
 
+SCALE = "viridis"
+
 Volume = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class MatchedPair:
-    """A pair of views of a held-aside case with the true and the recovered displacement; S is the crop."""
-
-    case: str
-    frame: Frame
-    moving: Volume  # (*S)
-    fixed: Volume  # (*S)
-    true: Volume  # (D, *S) voxels
-    recovered: Volume  # (D, *S) voxels
-    mask: Volume  # (*S) 0 or 1
-    warped_true: Volume  # (*S) moving, warped by the true displacement
-    warped_recovered: Volume  # (*S)
-
-    @property
-    def error(self) -> Volume:
-        """(*S) Euclidean distance of the recovered from the true displacement, voxels."""
-        return numpy.sqrt(((self.recovered - self.true) ** 2).sum(axis=0))
-
-    @property
-    def magnitude(self) -> Volume:
-        """(*S) length of the true displacement: the error of predicting zero, voxels."""
-        return numpy.sqrt((self.true**2).sum(axis=0))
 
 
 def draw_cases(cases: Sequence[tuple[str, Frame, Volume, Volume | None]], class_names: dict[int, str]) -> Picture:
@@ -69,7 +46,7 @@ def draw_cases(cases: Sequence[tuple[str, Frame, Volume, Volume | None]], class_
         rows = len(planes_through([0, 0, 0], cases[0][1]))
         figure, grid = _grid(rows, len(cases), 2.35, 2.5)
         for column, (name, frame, image, label) in enumerate(cases):
-            for row, plane in enumerate(planes_through(_centre(image), frame)):
+            for row, plane in enumerate(planes_through(centre_of(image), frame)):
                 axes = grid[row][column]
                 show(axes, plane.cut(image), plane, frame, cmap="gray", **_window(image))
                 if label is not None:
@@ -84,7 +61,7 @@ def draw_cases(cases: Sequence[tuple[str, Frame, Volume, Volume | None]], class_
 def draw_views(pair: MatchedPair) -> Picture:
     """Moving, fixed, moving warped by the true displacement, what is left of the difference, and the mask."""
     with rc_context(DARK):
-        planes = planes_through(_centre(pair.mask), pair.frame)[:2]
+        planes = planes_through(centre_of(pair.mask), pair.frame)[:2]
         figure, grid = _grid(len(planes), 5, 2.5, 2.85)
         window = _window(pair.fixed)
         valid = pair.mask > 0
@@ -123,7 +100,7 @@ def draw_views(pair: MatchedPair) -> Picture:
 def draw_displacement(pair: MatchedPair) -> Picture:
     """Each component of the true and the recovered field with their difference, in the plane through the centre."""
     with rc_context(DARK):
-        plane = planes_through(_centre(pair.mask), pair.frame)[0]
+        plane = planes_through(centre_of(pair.mask), pair.frame)[0]
         dimensions = len(pair.true)
         figure, grid = _grid(3, dimensions + 1, 2.75, 2.75)
         valid = plane.cut(pair.mask) > 0
@@ -180,7 +157,7 @@ def draw_arrows(pairs: Sequence[MatchedPair]) -> Picture:
     with rc_context(DARK):
         figure, grid = _grid(len(pairs), 4, 3.0, 3.0)
         for row, pair in enumerate(pairs):
-            plane = planes_through(_centre(pair.mask), pair.frame)[0]
+            plane = planes_through(centre_of(pair.mask), pair.frame)[0]
             valid = pair.mask > 0
             show(
                 grid[row][0],
@@ -228,21 +205,15 @@ def draw_arrows(pairs: Sequence[MatchedPair]) -> Picture:
         return Picture(draw(figure))
 
 
-def draw_columns(columns: Sequence[tuple[str, Frame, Volume]]) -> Picture:
-    """A volume a column (title, frame, grey (*S) or colours (*S, 3)); colours take the planes of the image before."""
-    with rc_context(DARK):
-        rows = len(planes_through([0, 0, 0], columns[0][1]))
-        figure, grid = _grid(rows, len(columns), 2.5, 2.5)
-        centre = [0, 0, 0]
-        for column, (title, frame, volume) in enumerate(columns):
-            grey = volume.ndim == frame.dimensions
-            centre = _centre(volume) if grey else centre
-            for row, plane in enumerate(planes_through(centre, frame)):
-                options: dict[str, Any] = {"cmap": "gray", **_window(volume)} if grey else {}
-                show(grid[row][column], plane.cut(volume), plane, frame, **options)
-                _only_outer(grid[row][column], row, column)
-            grid[0][column].set_title(title)
-        return Picture(draw(figure))
+def coloured(share: Volume, inside: Volume) -> Volume:
+    """(*S) from 0 to 1 -> (*S, 3) colours, black outside."""
+    colours: Volume = colormaps[SCALE](share.clip(0, 1))[..., :3] * inside[..., None]
+    return colours
+
+
+def scale_of_colours(count: int = 9) -> list[str]:
+    """The colours of `coloured` from 0 to 1."""
+    return [to_hex(colormaps[SCALE](share)) for share in numpy.linspace(0, 1, count)]
 
 
 def draw_segmentations(
@@ -250,7 +221,7 @@ def draw_segmentations(
 ) -> Picture:
     """Truth and each arm's prediction as colours on the image; wrong voxels are shown beside them in white."""
     with rc_context(DARK):
-        planes = planes_through(_centre(image), frame)[:2]
+        planes = planes_through(centre_of(image), frame)[:2]
         figure, grid = _grid(len(planes), 2 + 2 * len(predictions), 2.2, 2.6)
         colours = ListedColormap([(0, 0, 0, 0), *LABEL_COLOURS])
         painted: dict[str, Any] = {"cmap": colours, "vmin": 0, "vmax": len(LABEL_COLOURS), "alpha": 0.75}
@@ -314,25 +285,11 @@ def _only_outer(axes: Any, row: int, column: int, rows: int = 0) -> None:
 
 
 def _window(image: Volume) -> dict[str, Any]:
-    low, high = numpy.percentile(image.astype(numpy.float32), (0.5, 99.7))
-    return {"vmin": float(low), "vmax": float(max(high, low + 1e-6))}
-
-
-def _centre(weight: Volume) -> list[int]:
-    """The voxel in the middle of what is brighter than the volume's mean."""
-    bright = weight > weight.mean(dtype=numpy.float64)
-    if not bright.any():
-        return [size // 2 for size in weight.shape]
-    middle = []
-    for axis in range(weight.ndim):
-        counts = bright.sum(axis=tuple(a for a in range(weight.ndim) if a != axis)).cumsum()
-        middle.append(int(numpy.searchsorted(counts, counts[-1] / 2)))
-    return middle
+    low, high = window_of(image)
+    return {"vmin": low, "vmax": high}
 
 
 def _with_bad(name: str) -> Any:
-    from matplotlib import colormaps
-
     return colormaps[name].with_extremes(bad="#2b3138")
 
 

@@ -155,7 +155,7 @@ def test_the_whole_demo_and_a_second_call_that_does_nothing_again(
 
     made = [output / "pretrain" / "weights.safetensors", output / "store" / "index.jsonl", results]
     before = [(path.stat().st_mtime_ns if path != made[1] else 0, path.read_bytes()) for path in made]
-    monkeypatch.setattr(demo, "write_report", lambda runs, report, story: report)  # drawn once is enough
+    monkeypatch.setattr(demo, "write_report", lambda runs, report, story, force: report)  # drawn once is enough
     run_demo(output, settings=SMALL)
     assert [(path.stat().st_mtime_ns if path != made[1] else 0, path.read_bytes()) for path in made] == before
     assert capfd.readouterr().out.count("done before") == 4

@@ -1,10 +1,10 @@
 """What a method without a displacement leaves for those who come after training."""
 
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from report_reader import read_page
 from stand_in import STAGES, Run, StandIn, recipe
 
 from voxtrast.engine import views
@@ -18,41 +18,16 @@ from voxtrast.engine.weights import load_into, load_weights
 from voxtrast.methods import BackboneConfig, build_network, recipe_names, transferable_state
 
 
-class Words(HTMLParser):
-    def __init__(self, page: Path) -> None:
-        super().__init__()
-        self.text, self.pictures, self.titles, self._tag = "", 0, [], ""
-        self.feed(page.read_text())
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.pictures += tag == "img"
-        self._tag = tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self._tag == "h2" and data.strip():
-            self.titles.append(data)
-
-
 def test_a_report_shows_a_methods_own_terms_views_and_features(run: Run, tmp_path: Path) -> None:
     folder = run("run", "method.warn=true", stages=STAGES)
-    page = Words(write_report([folder], tmp_path / "report.html"))
-    assert page.titles[1:] == ["Settings and speed", "Input", "Views", "Features", "Curves", "Fine-tuning",
-                               "What this does not show"]  # fmt: skip
-    assert page.pictures == 5  # volumes, views, features, losses, monitors
+    page = read_page(write_report([folder], tmp_path / "report.html"))
+    assert page.titles[1:] == ["What it is", "Configuration", "Curves", "Speed", "Input", "Views", "Features",
+                               "Fine-tuning", "Where it ran", "What this does not show"]  # fmt: skip
+    said = [image["alt"].partition(":")[0] for image in page.tags("img") if "svg" in image["src"]]
+    assert {"total loss", "effective rank", "learning rate", "samples per second"} <= set(said)
     for words in ("loss, held aside", "a loss of", "D: discriminative, 8 samples a step", "three main directions"):
         assert words in page.text
-    assert "isplacement" not in page.text
-
-
-def test_a_report_says_so_where_a_method_has_no_features(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = run("run", "train.steps=1")
-    monkeypatch.setattr(StandIn, "inspect", lambda self, batch: {})
-    page = Words(write_report([folder], tmp_path / "report.html"))
-    assert "Left out: stand_in has no features to show." in page.text
-    assert page.pictures == 3
+    assert "displacement error" not in page.text
 
 
 def test_features_of_a_coarser_level_are_shown_at_full_size(
@@ -60,7 +35,39 @@ def test_features_of_a_coarser_level_are_shown_at_full_size(
 ) -> None:
     folder = run("run", "train.steps=1")
     monkeypatch.setattr(StandIn, "inspect", lambda self, batch: {"features": self.backbone.encode(batch["one"])[-1]})
-    assert Words(write_report([folder], tmp_path / "report.html")).pictures == 4
+    page = read_page(write_report([folder], tmp_path / "report.html"))
+    assert len([image for image in page.tags("img") if "features, trained" in image["alt"]]) == 3 * 2
+    assert "Left out" not in page.text
+
+
+def test_what_a_method_restores_is_shown_and_that_it_has_no_features_is_said(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run("run", "train.steps=1")
+    monkeypatch.setattr(
+        StandIn, "inspect", lambda self, batch: {"restored": batch["one"] + 0.25, "target": batch["one"]}
+    )
+    page = read_page(write_report([folder], tmp_path / "report.html"))
+    assert "Left out: stand_in has no features to show." in page.text
+    assert "Restoration" in page.titles
+    assert "Mean absolute difference 0.250;" in page.text
+    shown = {image["alt"].split(", ")[2] for image in page.tags("img") if ", restoration, " in image["alt"]}
+    assert shown == {"input", "target", "restored", "difference"}
+
+
+@pytest.mark.parametrize("name", ["dira", "pcrl", "pcrlv2"])
+def test_a_method_that_restores_says_towards_what(name: str) -> None:
+    off = {"dira": "discriminative", "pcrl": "contrast", "pcrlv2": "similarity"}[name]
+    batch = None
+    for words, restores in (((), True), ((f"stages=[{{name: only, terms: {{{off}: 1.0}}}}]",), False)):
+        method = build_method(load_config(f"{name}-tiny", [*words])).eval()
+        batch = batch or evidence.batch_of(torch.randn(1, 1, 16, 32, 24), method.views)
+        found = method.inspect(batch)
+        assert ("restored" in found) == restores
+        for key in ("restored", "target", "input"):
+            if key in found:
+                assert found[key].shape == batch["x1"].shape
+                assert found[key].isfinite().all()
 
 
 @pytest.mark.parametrize("recipe", [name for name in recipe_names() if name.endswith("-tiny")])

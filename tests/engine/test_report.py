@@ -1,11 +1,12 @@
 """The report: whole, self-contained, true to the logs, and plain about what is missing."""
 
+import itertools
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from report_reader import read_page
 
 from voxtrast.engine import checkpoint
 from voxtrast.engine.config import load_config, write_config
@@ -18,40 +19,7 @@ from voxtrast.engine.reporting.planes import frame_of, planes_through
 from voxtrast.engine.runs import build_method, describe, load_run
 from voxtrast.engine.weights import save_weights
 
-VOID = {"meta", "img", "source", "br"}
 RAS = ((0.0, 0.0, 2.0, 0.0), (0.0, 3.0, 0.0, 0.0), (4.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0))
-
-
-class Reader(HTMLParser):
-    """Collects links and texts, and complains about a tag that is not closed in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.links: list[str] = []
-        self.words: list[str] = []
-        self.pictures = 0
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        assert tag not in ("script", "link", "iframe", "object"), tag
-        if tag not in VOID:
-            self.open.append(tag)
-        self.pictures += tag == "img"
-        self.links += [value or "" for name, value in attributes if name in ("src", "srcset", "href")]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open
-        assert self.open.pop() == tag, tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
-def read_page(path: Path) -> Reader:
-    reader = Reader()
-    reader.feed(path.read_text(encoding="utf-8"))
-    assert not reader.open
-    return reader
 
 
 def make_run(run: Path, store: Path, *, steps: int = 3, trained: bool = True) -> Path:
@@ -108,6 +76,16 @@ def make_run(run: Path, store: Path, *, steps: int = 3, trained: bool = True) ->
     return run
 
 
+def without_store(run: Path) -> Path:
+    """Of such a run the report has little to draw."""
+    config = run / "config.yaml"
+    lines = (
+        f"data: {run / 'nowhere'}" if line.startswith("data:") else line for line in config.read_text().split("\n")
+    )
+    config.write_text("\n".join(lines))
+    return run
+
+
 @pytest.fixture(scope="module")
 def run(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_run(tmp_path_factory.mktemp("report") / "first", tiny_store)
@@ -141,18 +119,39 @@ def page(run: Path) -> Path:
 
 def test_page_is_whole_and_needs_nothing_else(page: Path) -> None:
     reader = read_page(page)
-    assert reader.pictures == 9
-    assert all(link.startswith(("data:image/png;base64,", "#")) for link in reader.links)
-    assert "@import" not in page.read_text()
-    assert "url(" not in page.read_text()
+    assert "Left out" not in reader.text
+    assert reader.titles == ["What was run", "What it is", "Configuration", "Curves", "Speed", "Input",
+                             "Views and displacement", "Features", "Fine-tuning", "Where it ran", "Export",
+                             "What this does not show"]  # fmt: skip
+    kinds = [image["src"].partition(";")[0] for image in reader.tags("img")]
+    assert kinds.count("data:image/png") == 5  # volumes, views, displacement, arrows, segmentations
+    assert kinds.count("data:image/svg+xml") == 11  # 3 losses, displacement error, rate, 3 of speed, 3 of Dice
+    assert kinds.count("data:image/jpeg") == 3 * (4 + 2 * 3)  # planes of a field, and of the features of two volumes
     assert page.stat().st_size < 5e6
 
 
+def test_without_scripts_the_middle_slices_are_shown_and_no_slider(page: Path) -> None:
+    reader = read_page(page)
+    sliders = [each for each in reader.tags("label") if each["class"] == "slider"]
+    assert len(sliders) == len(reader.tags("input")) == 9
+    assert all("hidden" in each for each in sliders)
+    strips = iter(each for each in reader.tags("img") if "jpeg" in each["src"])
+    for slider, tiles in zip(reader.tags("input"), [4] * 3 + [3] * 6, strict=True):
+        places = slider["data-places"].split(" ")
+        for strip in itertools.islice(strips, tiles):
+            height, top = (int(part.split(":")[1].rstrip("%")) for part in strip["style"].split(";"))
+            assert height == 100 * len(places) == 100 * (int(slider["max"]) + 1)
+            assert top == -100 * int(slider["value"])
+            assert 0.2 * height < -top < 0.8 * height
+            assert strip["alt"].endswith(f"slice {places[int(slider['value'])]}")
+    assert next(strips, None) is None
+
+
 def test_page_holds_the_numbers_of_the_logs(page: Path, run: Path) -> None:
-    text = "".join(read_page(page).words)
+    text = read_page(page).text
     for number in ("7.654", "6.54", "6.78", "3.54", "4.654"):  # validation at the first and the last step
         assert number in text
-    for words in ("3 of 3", "12.5% of the time", "789 MB", "2 s for 3 steps, median 0.50 s a step, 4.00 samples/s"):
+    for words in ("3 of 3", "12.5%", "789 MB", "2 s for 3 steps, median 0.50 s a step, 4.00 samples/s", "checkpoint"):
         assert words in text
     for line in map(json.loads, (run / "finetune" / "finetune.jsonl").read_text().splitlines()):
         assert f"{line['dice']['mean']:.3f}" in text
@@ -160,7 +159,7 @@ def test_page_holds_the_numbers_of_the_logs(page: Path, run: Path) -> None:
 
 
 def test_page_tells_the_story(page: Path) -> None:
-    text = "".join(read_page(page).words)
+    text = read_page(page).text
     for words in (
         "A <title> & more",
         "voxtrast pretrain cover-tiny",
@@ -188,7 +187,7 @@ def test_numbers_of_the_pictures_are_those_of_validation(run: Path, tiny_store: 
 
 def test_what_is_missing_is_said_and_the_rest_is_there(run: Path, tiny_store: Path, tmp_path: Path) -> None:
     bare = make_run(tmp_path / "bare", tiny_store, trained=False)
-    text = "".join(read_page(write_report([bare], tmp_path / "bare.html")).words)
+    text = read_page(write_report([bare], tmp_path / "bare.html")).text
     assert "holds no checkpoint yet" in text
     assert "No step is in log.jsonl yet" in text
     assert "No fine-tuning yet" in text
@@ -196,20 +195,69 @@ def test_what_is_missing_is_said_and_the_rest_is_there(run: Path, tiny_store: Pa
 
 
 def test_a_store_that_is_gone_leaves_the_curves(tiny_store: Path, tmp_path: Path) -> None:
-    lost = make_run(tmp_path / "lost", tiny_store)
-    config = (lost / "config.yaml").read_text().replace(str(tiny_store), str(tmp_path / "nowhere"))
-    (lost / "config.yaml").write_text(config)
+    lost = without_store(make_run(tmp_path / "lost", tiny_store))
     reader = read_page(write_report([lost], tmp_path / "lost.html"))
-    assert "is not a store" in "".join(reader.words)
-    assert reader.pictures == 2
+    assert "is not a store" in reader.text
+    assert len(reader.tags("img")) == 8
 
 
-def test_two_runs_share_a_page(run: Path, tiny_store: Path, tmp_path: Path) -> None:
-    second = make_run(tmp_path / "second", tiny_store, trained=False)
-    third = make_run(tmp_path / "third", tiny_store, trained=False)
-    text = "".join(read_page(write_report([second, third], tmp_path / "both.html")).words)
-    assert "second: Curves" in text
-    assert "third: Curves" in text
+def test_settings_that_differ_from_the_recipe_come_first(page: Path) -> None:
+    text = read_page(page).text
+    start = text.index("in cover-tiny")
+    changed = text[start : text.index("settings", start)]
+    assert "views.crop[40, 48, 40][16, 24, 16]" in changed
+    assert "method.radius" not in changed
+    assert "method.radius" in text
+
+
+def test_several_runs_share_a_page(tiny_store: Path, tmp_path: Path) -> None:
+    first = without_store(make_run(tmp_path / "first", tiny_store))
+    second = without_store(make_run(tmp_path / "one" / "second", tiny_store, steps=2))
+    third = make_run(tmp_path / "two" / "second", tiny_store, trained=False)
+    said: list[str] = []
+    reader = read_page(write_report([first, second, third], tmp_path / "all.html", say=said.append))
+    for name in ("first", str(second), str(third)):
+        assert f"{name}: Curves" in reader.titles
+    assert reader.titles[:2] == ["What was run", "Comparison of the runs"]
+    overlaid = [image["alt"] for image in reader.tags("img") if "over steps of" in image["alt"]]
+    assert f"total loss over steps of first, {second}" in overlaid
+    assert [line.split(": ")[1:3] for line in said] == [
+        [name, "trained network"] for name in ("first", str(second), str(third))
+    ]
+    assert "holds no checkpoint yet" in said[-1]
+
+
+def test_given_results_are_compared_with_those_of_the_run(run: Path, tiny_store: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (run / "finetune" / "finetune.jsonl").read_text().splitlines()]
+    other = without_store(make_run(tmp_path / "other", tiny_store, trained=False))
+    (other / "finetune").mkdir()
+    (other / "finetune" / "finetune.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = tmp_path / "label-efficiency.jsonl"
+    others = [{**line, "labels": 2, "weights_sha256": "f" * 64, "recipe": "mae-tiny"} for line in lines]
+    given.write_text("".join(json.dumps(line) + "\n" for line in others))
+    reader = read_page(write_report([other], tmp_path / "given.html", results=[given]))
+    assert "Label efficiency" in reader.titles
+    text = reader.text[reader.text.rindex("Label efficiency") :]
+    for words in ("pretrained, mae-tiny ffffffff", "pretrained, cover-tiny", "from scratch"):
+        assert words in text
+    assert any("2 labels" in image["alt"] and "mae-tiny" in image["alt"] for image in reader.tags("img"))
+    with pytest.raises(UserError, match="no such file"):
+        write_report([run], tmp_path / "given.html", results=[tmp_path / "nothing.jsonl"])
+
+
+def test_only_a_report_is_replaced(tiny_store: Path, tmp_path: Path) -> None:
+    bare = make_run(tmp_path / "bare", tiny_store, trained=False)
+    output = tmp_path / "thesis.html"
+    output.write_text("<html>three years of work</html>")
+    with pytest.raises(UserError, match=r"was not written by `voxtrast report`.*--force"):
+        write_report([bare], output)
+    assert "three years" in output.read_text()
+    write_report([bare], output, force=True)
+    write_report([bare], output)  # its own page, without force
+    with pytest.raises(UserError, match="a folder; name a file"):
+        write_report([bare], tmp_path)
+    with pytest.raises(UserError, match="given twice"):
+        write_report([bare, bare], output)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
