@@ -103,11 +103,14 @@ class Mae(Method):
 
     @torch.no_grad()
     def inspect(self, batch: Batch) -> dict[str, Tensor]:
-        """The features of the whole image (B, C, *S), the image with blocks hidden, and what is restored of it."""
+        """The features of the whole image (B, C, *S), the image with blocks hidden, and what is restored of it, of the
+        image itself where it was shown (B, 1, *S)."""
         image = batch["x"]
         shown = self.draw(len(image), 0).to(image.device)
         restored, _ = self._restore(image, shown)
-        return {"features": self.backbone(image)[1][-1], "hidden": image * shown, "restored": restored}
+        restored = torch.where(shown, image.to(restored.dtype), restored)
+        features = self.backbone(image)[1][-1]
+        return {"features": features, "restored": restored, "input": image * shown, "target": image}
 
     def transferable(self) -> dict[str, Tensor]:
         return self.backbone.transferable()

@@ -23,6 +23,7 @@ DISTRIBUTIONS = {
     "nvidia": ["nvidia-dali-cuda130", "nvidia-dali-cuda120"],
     "yaml": ["pyyaml"],
     "sklearn": ["scikit-learn"],
+    "PIL": ["pillow"],
     "cupy": ["cupy-cuda13x", "cupy-cuda12x"],
     "cupyx": ["cupy-cuda13x", "cupy-cuda12x"],
 }

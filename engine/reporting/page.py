@@ -58,7 +58,7 @@ def guarded(build: Callable[[], list[str]], what: str, left_out: list[str]) -> l
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
         named = {"PIL": "pillow"}.get(name, name)
-        extra = "pip install 'voxtrast[demo]'" if name in ("matplotlib", "PIL") else f"pip install {named}"
+        extra = "pip install 'voxtrast[report]'" if name in ("matplotlib", "PIL") else f"pip install {named}"
         reason = f"{named} is not installed, and pictures are drawn with it; {extra}"
     except Exception as error:  # a page without one part is worth more than none
         reason = f"{type(error).__name__}: {str(error) or 'no message'}"

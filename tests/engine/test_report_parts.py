@@ -142,7 +142,7 @@ def test_without_matplotlib_words_and_numbers_are_left(
         monkeypatch.delattr(reporting, name, raising=False)
     reader = read_page(report.write_report([run], tmp_path / "page.html"))
     assert "matplotlib is not installed" in reader.text
-    assert "pip install 'voxtrast[demo]'" in reader.text
+    assert "pip install 'voxtrast[report]'" in reader.text
     assert not reader.tags("img")
     for words in ("3 of 3", "in cover-tiny", "4.00 samples/s"):
         assert words in reader.text
