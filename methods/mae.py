@@ -15,7 +15,8 @@ Departures from that code, with reasons:
 - The last layer, which gives the image, is a head of its own: the network's segmentation layer is the task's.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -55,13 +56,12 @@ class Mae(Method):
         check_crop(size, backbone, name="views.view.size" if views.view.size else "views.crop")
         self.config = config
         self.views = ViewSpec(crop=tuple(views.crop), views={"x": replace(views.view)})
-        self.blocks = _blocks(config, size)
-        self.hidden = round(config.hidden_share * self.blocks.numel())
-        if not 0 < self.hidden < self.blocks.numel():
+        self.grid = _grid(config, size)
+        blocks, hidden = math.prod(self.grid), round(config.hidden_share * math.prod(self.grid))
+        if not 0 < hidden < blocks:
             raise ValueError(
-                f"method.hidden_share: {config.hidden_share} of {self.blocks.numel()} blocks hides {self.hidden} of "
-                f"them; expected a share that hides some and leaves some, for example 0.75 with smaller "
-                f"method.block_voxels"
+                f"method.hidden_share: {config.hidden_share} of {blocks} blocks hides {hidden} of them; expected a "
+                f"share that hides some and leaves some, for example 0.75 with smaller method.block_voxels"
             )
         self.backbone = Backbone(backbone)
         convolution = nn.Conv3d if backbone.dimensions == 3 else nn.Conv2d
@@ -88,25 +88,27 @@ class Mae(Method):
         }
         return {name: weight * losses[name] for name, weight in self.weights(step).items()}
 
-    def draw(self, samples: int, step: int) -> Tensor:
-        """Which voxels are shown: (samples, 1, *S) of bool, equally many in each sample."""
-        places = torch.rand(samples, self.blocks.numel(), generator=self.generator(step, "mask")).argsort(dim=1)
-        shown = (places >= self.hidden).view(samples, 1, *self.blocks.shape)
-        for axis in range(2, shown.ndim):
-            shown = shown.repeat_interleave(self.config.block_voxels, dim=axis)
-        return shown
+    def draw(self, samples: int, step: int, size: Sequence[int] | None = None) -> Tensor:
+        """Which voxels are shown: (samples, 1, *S) of bool, equally many blocks of each sample.
 
-    def preflight(
-        self, batches: Iterable[Batch], total: Callable[[Tensor], Tensor] = lambda sums: sums
-    ) -> dict[str, float]:
-        return {"hidden_share": self.hidden / self.blocks.numel(), "blocks": float(self.blocks.numel())}
+        Args:
+            size: S, that of the view by default; blocks that stand out at its end are cut.
+        """
+        side = self.config.block_voxels
+        grid = self.grid if size is None else [-(-each // side) for each in size]
+        blocks = math.prod(grid)
+        places = torch.rand(samples, blocks, generator=self.generator(step, "mask")).argsort(dim=1)
+        shown = (places >= round(self.config.hidden_share * blocks)).view(samples, 1, *grid)
+        for axis, length in enumerate(size or [each * side for each in grid], start=2):
+            shown = shown.repeat_interleave(side, dim=axis).narrow(axis, 0, length)
+        return shown
 
     @torch.no_grad()
     def inspect(self, batch: Batch) -> dict[str, Tensor]:
         """The features of the whole image (B, C, *S), the image with blocks hidden, and what is restored of it, of the
         image itself where it was shown (B, 1, *S)."""
         image = batch["x"]
-        shown = self.draw(len(image), 0).to(image.device)
+        shown = self.draw(len(image), 0, image.shape[2:]).to(image.device)
         restored, _ = self._restore(image, shown)
         restored = torch.where(shown, image.to(restored.dtype), restored)
         features = self.backbone(image)[1][-1]
@@ -124,8 +126,8 @@ class Mae(Method):
         return restored.to(torch.promote_types(restored.dtype, torch.float32)), decoder_maps[-1]
 
 
-def _blocks(config: MaeConfig, size: list[int]) -> Tensor:
-    """A tensor of the blocks' grid."""
+def _grid(config: MaeConfig, size: Sequence[int]) -> list[int]:
+    """Blocks along each axis."""
     side = config.block_voxels
     if side < 1 or any(each % side for each in size):
         fitting = [each for each in range(1, min(size) + 1) if all(length % each == 0 for length in size)]
@@ -133,4 +135,4 @@ def _blocks(config: MaeConfig, size: list[int]) -> Tensor:
             f"method.block_voxels: {side} does not divide every side of the view {list(size)}; take one of "
             f"{', '.join(map(str, fitting))}"
         )
-    return torch.empty([each // side for each in size], device="meta")
+    return [each // side for each in size]

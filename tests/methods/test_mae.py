@@ -64,6 +64,14 @@ def test_what_is_hidden_is_not_seen() -> None:
     assert not torch.equal(method.inspect(batch)["features"], method.inspect(changed)["features"])
 
 
+def test_an_image_of_any_size_is_inspected_with_the_share_hidden() -> None:
+    method = small_mae()
+    found = method.inspect({"x": torch.ones(1, 1, 10, 22, 6)})
+    assert {name: tuple(each.shape[2:]) for name, each in found.items()} == dict.fromkeys(found, (10, 22, 6))
+    assert 0.6 < (found["input"] == 0).float().mean() < 0.9
+    assert torch.equal(found["restored"][found["input"] == 1], found["target"][found["input"] == 1])
+
+
 def test_micro_batches_hide_what_the_whole_batch_does() -> None:
     method = small_mae()
     whole = small_batch(method)
