@@ -156,7 +156,7 @@ def peak_memory_mb(module: str, op: str, case: Case, provider: str) -> float | N
 def append(lines: Iterable[dict[str, Any]], file: Path) -> None:
     """Adds lines to a results file; nothing in it is ever changed."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as stream:
+    with file.open("a", encoding="utf-8") as stream:
         for line in lines:
             stream.write(json.dumps(line) + "\n")
 

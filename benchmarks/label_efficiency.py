@@ -188,7 +188,7 @@ def _finish(bench: Bench, job: Job, code: int, result: Path, failed: list[Job]) 
         return
     said = ""
     if job.kind != "pretrain":
-        line = json.loads(result.read_text())
+        line = json.loads(result.read_text(encoding="utf-8"))
         line |= {"setting": setting(bench.plan, job, bench.transductive), "transductive": bench.transductive}
         append([line], bench.file)
         said = f": Dice {line['dice']['mean']:.3f}" if "dice" in line else ""

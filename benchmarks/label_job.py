@@ -53,7 +53,7 @@ def untrained(plan: Plan, folder: Path) -> Path:
 def told_of(run: Path) -> dict[str, Any]:
     """What a pretraining took, from its log and its weights."""
     description = load_weights(run / RUN_WEIGHTS)[1]
-    lines = [json.loads(text) for text in (run / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(text) for text in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     batch = load_batch(run)
     seconds = [batch / line["samples_per_second"] for line in lines]
     return {

@@ -89,7 +89,11 @@ def _processor() -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.is_file():
-        names = [line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in information.read_text(encoding="utf-8").splitlines()
+            if "model name" in line
+        ]
         processor = names[0] if names else processor
     return {
         "device": f"{processor}, {torch.get_num_threads()} threads",

@@ -64,7 +64,7 @@ class Place:
             torch.cuda.synchronize(self.device)
             return (torch.cuda.max_memory_allocated(self.device) - allocated) / 2**20
         _return_free_memory()  # what a step before this one has freed would serve this one unseen
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forgets the peak so far
         before = _status_kb("VmRSS")
         work()
         return (_status_kb("VmHWM") - before) / 1024
@@ -93,5 +93,5 @@ def _return_free_memory() -> None:
 
 
 def _status_kb(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

@@ -43,7 +43,7 @@ def launch(recipe: str, words: Sequence[str], ranks: int, steps: int, options: S
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode or not result.exists():
         raise UserError(f"{ranks} rank(s): {_last_words(done.stderr)}")
-    found: Row = json.loads(result.read_text())
+    found: Row = json.loads(result.read_text(encoding="utf-8"))
     return found
 
 

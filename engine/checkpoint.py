@@ -166,7 +166,7 @@ def _remove(file: Path) -> None:
 def _description(folder: Path, step: int) -> dict[str, Any]:
     """Empty where it is damaged."""
     try:
-        found = json.loads((folder / f"step-{step:08d}.json").read_text())
+        found = json.loads((folder / f"step-{step:08d}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -206,7 +206,7 @@ def load_checkpoint(path: Path) -> State:
     Raises: DamagedError where it is not what was written, UserError where its format is unknown.
     """
     try:
-        description = json.loads(path.with_suffix(".json").read_text())
+        description = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if file_sha256(path) != description["sha256"]:
             raise DamagedError(
                 f"{path}: its content does not match its checksum; delete it to resume from the one before"

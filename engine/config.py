@@ -226,8 +226,8 @@ def read_config(path: Path) -> Config:
 
 def write_config(config: Config, path: Path) -> None:
     text = OmegaConf.to_yaml(OmegaConf.structured(config))
-    if not path.exists() or path.read_text() != text:
-        write_whole(path, lambda partial: partial.write_text(text))
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def settings_of(config: Config) -> dict[str, Any]:
@@ -255,9 +255,9 @@ def _read_recipe(recipe: str) -> Any:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"recipe {recipe}: no such file; the package has {', '.join(recipe_names())}")
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     elif recipe in recipe_names():
-        text = (resources.files("voxtrast.methods") / "recipes" / f"{recipe}.yaml").read_text()
+        text = (resources.files("voxtrast.methods") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
     else:
         raise UserError(
             f"recipe {recipe!r} is unknown;{_nearest(recipe, recipe_names())} "

@@ -194,7 +194,7 @@ def _read_json(file: str | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        content = json.loads(Path(file).read_text())
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--deepspeed_config {file}: not a readable JSON file ({error})") from None
     if not isinstance(content, dict):

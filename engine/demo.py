@@ -111,7 +111,7 @@ class _Demo:
         state = self.output / STATE
         if state.is_file():
             try:
-                found = json.loads(state.read_text())
+                found = json.loads(state.read_text(encoding="utf-8"))
                 earlier, phases = found["settings"], found["phases"]
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{state}: not readable ({error!r}); start anew with --fresh") from error
@@ -128,7 +128,7 @@ class _Demo:
 
     def _save_state(self) -> None:
         text = json.dumps(self.state, indent=1) + "\n"
-        write_whole(self.output / STATE, lambda partial: Path(partial).write_text(text))
+        write_whole(self.output / STATE, lambda partial: Path(partial).write_text(text, encoding="utf-8"))
 
     def _phase(self, name: str, work: Callable[[], tuple[str, bool]], count: int) -> None:
         """Runs one phase; `work` returns what to say and whether there was anything to do."""

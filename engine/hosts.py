@@ -24,7 +24,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     Raises: UserError naming the line: not of that form, no slots, a host twice.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(f"--hostfile {path}: cannot be read ({reason}); give a file of lines NAME slots=N") from None

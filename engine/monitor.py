@@ -116,9 +116,9 @@ class _LineFile:
     def __init__(self, path: Path, start: int) -> None:
         self.path = path
         kept = [line for line in _lines(path) if _step(line) <= start and start > 0]
-        write_whole(path, lambda partial: partial.write_text("".join(line + "\n" for line in kept)))
+        write_whole(path, lambda partial: partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8"))
         try:
-            self.file = path.open("a")
+            self.file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise _not_written(path, error) from None
 
@@ -151,7 +151,7 @@ def _not_written(path: Path, error: OSError) -> UserError:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def _step(line: str) -> float:

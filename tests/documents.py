@@ -21,13 +21,13 @@ class Script:
     needs: str  # what it cannot run without
 
     def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.page.read_text().index(self.text)}"
+        return f"{self.page.relative_to(ROOT)}:{self.page.read_text(encoding='utf-8').index(self.text)}"
 
 
 def scripts() -> list[Script]:
     found = []
     for page in PAGES:
-        text = page.read_text()
+        text = page.read_text(encoding="utf-8")
         for block in FENCE.finditer(text):
             if block[2] == "python":
                 needs = NEEDS.search(text, 0, block.start())
@@ -38,7 +38,8 @@ def scripts() -> list[Script]:
 def commands(page: Path) -> list[str]:
     """The lines of indented blocks and of fences without a language, as one would type them."""
     text = FENCE.sub(
-        lambda block: re.sub("^", "    ", block[4], flags=re.M) if block[2] in ("", "bash") else "", page.read_text()
+        lambda block: re.sub("^", "    ", block[4], flags=re.M) if block[2] in ("", "bash") else "",
+        page.read_text(encoding="utf-8"),
     )
     lines = re.findall(r"^ {4,}((?:.*\\\n)*.+)", text, re.MULTILINE)
     return [re.sub(r"\\\n *", "", line) for line in lines]
@@ -64,13 +65,13 @@ def words_of(command: str) -> list[str]:
 
 def inline(page: Path) -> Iterator[list[str]]:
     """The words of `voxtrast ...` within sentences, which may stop anywhere."""
-    text = FENCE.sub("", page.read_text())
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for command in re.findall(r"`(voxtrast [a-z][^`]*)`", text):
         yield [word for word in re.sub(r"[\[\]]", " ", command).split() if word != "..."]
 
 
 def links(page: Path) -> list[str]:
-    text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text()))
+    text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
     return [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not target.startswith(("http:", "https:"))]
 
 
@@ -79,7 +80,7 @@ def anchors(page: Path) -> set[str]:
     from markdown.extensions.toc import slugify
 
     found = set()
-    for heading in re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE):
+    for heading in re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE):
         plain = re.sub(r"[`*]|\]\([^)]*\)|\[", "", heading)
         github = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
         if github == slugify(plain, "-"):

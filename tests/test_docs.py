@@ -134,10 +134,10 @@ def test_the_check_of_commands_finds_what_is_wrong(words: str) -> None:
 
 
 def test_targets_of_make_and_extras_of_pip_exist() -> None:
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for page in PAGES:
-        text = page.read_text()
+        text = page.read_text(encoding="utf-8")
         made = set(re.findall(r"(?:^ {4}|`)make ([\w-]+)", text, re.MULTILINE))
         assert made <= targets, page
         for extras in re.findall(r"(?:voxtrast|\.)\[([a-z0-9,-]+)\]", text):
@@ -161,7 +161,7 @@ def test_every_page_is_in_the_navigation() -> None:
             return [entry]
         return [page for each in (entry.values() if isinstance(entry, dict) else entry) for page in pages(each)]
 
-    listed = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    listed = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     assert sorted(listed) == sorted(
         str(page.relative_to(ROOT / "docs")) for page in PAGES if ROOT / "docs" in page.parents
     )
@@ -171,7 +171,7 @@ def test_every_page_is_in_the_navigation() -> None:
     "name", ["cli.md", "configuration.md", "recipes.md", pytest.param("bench.md", marks=pytest.mark.slow)]
 )
 def test_the_reference_is_what_the_code_says(name: str) -> None:
-    written = (ROOT / "docs" / "reference" / name).read_text()
+    written = (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8")
     assert written == reference().PAGES[name](), "out of date: run python docs/reference/generate.py"
 
 
@@ -193,7 +193,7 @@ def test_every_setting_says_what_it_means() -> None:
 def test_drawings_are_those_of_the_diagrams() -> None:
     folder = ROOT / "docs" / "methods"
     draw = load(folder / "drawings" / "draw.py")
-    wanted = {name for page in folder.glob("*.md") for name in draw.drawings(page.read_text())}
+    wanted = {name for page in folder.glob("*.md") for name in draw.drawings(page.read_text(encoding="utf-8"))}
     assert wanted == {drawn.stem for drawn in (folder / "drawings").glob("*.svg")}, "run docs/methods/drawings/draw.sh"
 
 
@@ -216,7 +216,7 @@ def test_a_script_on_a_store_runs(script: Any, tiny_store: Path) -> None:
 
 def tutorial(folder: Path) -> dict[str, str]:
     """The files of the page on writing a method, in a folder."""
-    files = dict(re.findall(r'^```\w+ title="([\w.]+)"\n(.*?)^```', TUTORIAL.read_text(), re.M | re.S))
+    files = dict(re.findall(r'^```\w+ title="([\w.]+)"\n(.*?)^```', TUTORIAL.read_text(encoding="utf-8"), re.M | re.S))
     for name, text in files.items():
         (folder / name).write_text(text)
     return files
@@ -305,6 +305,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     fetched = [
         page
         for page in tmp_path.rglob("*.html")
-        if re.search(r'<(?:script|link|img)[^>]*(?:src|href)="https?:', page.read_text())
+        if re.search(r'<(?:script|link|img)[^>]*(?:src|href)="https?:', page.read_text(encoding="utf-8"))
     ]
     assert not fetched

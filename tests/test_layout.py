@@ -21,7 +21,7 @@ def imported_packages(path: Path, source: str | None = None) -> set[str]:
     """Which of our packages a file imports, whether relatively or by the installed name."""
     depth = len(path.relative_to(ROOT).parts) - 1  # folders between the file and the root
     found = set()
-    for node in ast.walk(ast.parse(path.read_text() if source is None else source)):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8") if source is None else source)):
         names: list[str] = []
         if isinstance(node, ast.ImportFrom):
             module = node.module or ""
@@ -52,7 +52,7 @@ def test_imports_inside_the_packages_are_relative(package: str) -> None:
     absolute = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in sources(package)
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.ImportFrom | ast.Import)
         and any(
             name.split(".")[0] in ("voxtrast", *PACKAGES)

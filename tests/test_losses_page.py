@@ -13,7 +13,7 @@ from voxtrast.benchmarks.kernels.peers import Loss, lightly_nt_xent, monai_nt_xe
 from voxtrast.benchmarks.place import Cannot
 
 PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "losses.md"
-SCRIPTS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+SCRIPTS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("make", [monai_nt_xent, lightly_nt_xent])

@@ -15,7 +15,7 @@ import pytest
 tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml takes Python 3.11")
 
 ROOT = Path(__file__).parent.parent
-PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 # Where the name of a module is not that of its distribution.
 DISTRIBUTIONS = {
@@ -39,7 +39,7 @@ def names(requirements: Iterable[str]) -> set[str]:
 def third_party(package: str) -> set[str]:
     found = set()
     for path in (ROOT / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -76,8 +76,8 @@ def test_the_check_of_imports_sees_what_is_missing() -> None:
 
 
 def test_every_extra_and_every_dependency_is_documented() -> None:
-    install = (ROOT / "docs" / "install.md").read_text()
-    table = (ROOT / "docs" / "dependencies.md").read_text().lower()
+    install = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    table = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8").lower()
     assert [extra for extra in EXTRAS if f"`{extra}`" not in install] == []
     wanted = names(PROJECT["dependencies"]).union(*(names(requirements) for requirements in EXTRAS.values()))
     lacking = {name for name in wanted if name not in table}
@@ -115,7 +115,7 @@ def disagreement(version: str, changelog: str, tags: list[str]) -> str | None:
 def test_version_tag_and_changelog_agree() -> None:
     git = subprocess.run(["git", "tag", "--points-at", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     tags = git.stdout.split() if git.returncode == 0 else []  # an sdist has no history
-    assert disagreement(PROJECT["version"], (ROOT / "CHANGELOG.md").read_text(), tags) is None
+    assert disagreement(PROJECT["version"], (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), tags) is None
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_version_that_disagrees_is_seen(version: str, changelog: str, tags: li
 
 
 def test_the_changelog_keeps_to_its_form() -> None:
-    sections = re.findall(r"^### (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    sections = re.findall(r"^### (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert set(sections) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 
 

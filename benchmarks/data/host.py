@@ -170,7 +170,7 @@ def _memory_mb(processes: list[int]) -> float | None:
     total = 0
     for process in processes:
         try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
             return None
         found = [int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))]

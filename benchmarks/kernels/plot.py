@@ -59,7 +59,7 @@ SUBJECTS = {
 
 
 def read_lines(file: Path) -> list[Line]:
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def newest(lines: Iterable[Line], subject: Subject = SUBJECTS["info_nce"]) -> list[Line]:

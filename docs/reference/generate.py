@@ -282,7 +282,7 @@ def recipes_page() -> str:
 """
     rows, sections = [], ""
     for name in recipe_names():
-        text = (resources.files("voxtrast.methods") / "recipes" / f"{name}.yaml").read_text()
+        text = (resources.files("voxtrast.methods") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
         given = OmegaConf.create(text)
         usual = {"backbone": BackboneConfig(), "train": config.TrainConfig(), "optimizer": config.OptimizerConfig()}
         whole: Any = OmegaConf.merge({"views": {"crop": METHODS[given.method.name].Views().crop}}, usual, given)
@@ -309,5 +309,5 @@ PAGES: dict[str, Callable[[], str]] = {
 
 if __name__ == "__main__":
     for file, write in PAGES.items():
-        (FOLDER / file).write_text(write())
+        (FOLDER / file).write_text(write(), encoding="utf-8")
         print(f"wrote {FOLDER / file}")

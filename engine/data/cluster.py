@@ -165,7 +165,7 @@ def missing_here(expected: str, token: str, raw: str, device: str) -> str:
     if (own := version("voxtrast")) != expected:
         return f"it has voxtrast {own}, this is {expected}: install the same version there"
     try:
-        same = Path(token).read_text() == Path(token).name
+        same = Path(token).read_text(encoding="utf-8") == Path(token).name
     except OSError:
         same = False
     if not same:

@@ -68,7 +68,7 @@ def make_cases(
         raise UserError(f"cases: expected at least 1, got {cases}")
     settings = {"format": FORMAT, "cases": cases, "seed": seed}
     description = raw / "cases.json"
-    if description.is_file() and json.loads(description.read_text())["settings"] == settings:
+    if description.is_file() and json.loads(description.read_text(encoding="utf-8"))["settings"] == settings:
         return False
     if raw.exists():
         raise UserError(

@@ -265,7 +265,7 @@ def _locked(cache: Path, name: str) -> Iterator[None]:
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        stream = open(cache / f"{name}.lock", "w")  # noqa: SIM115
+        stream = open(cache / f"{name}.lock", "w", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise _unwritable(cache, error) from None
     with stream:

@@ -282,7 +282,7 @@ def _claimed(target: Path, settings: dict[str, Any]) -> Iterator[None]:
 def _locked(target: Path) -> Iterator[None]:
     """Hold the lock of a store. It is the kernel's: it goes with the process."""
     try:
-        lock = open(target / LOCK, "w")  # noqa: SIM115 - held until the end
+        lock = open(target / LOCK, "w", encoding="utf-8")  # noqa: SIM115 - held until the end
     except OSError as error:
         raise _unwritable(target, error) from error
     with lock:

@@ -37,7 +37,7 @@ def check_operators() -> Iterator[Finding]:
 def cpu_path() -> str:
     """The instruction set that the compiled operators choose on this processor; VOXTRAST_CPU lowers it."""
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
             flags = next((set(line.split()) for line in file if line.startswith("flags")), set())
     except OSError:
         flags = set()

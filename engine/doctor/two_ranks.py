@@ -129,4 +129,4 @@ def _train(ranks: int, words: list[str], device: str) -> subprocess.CompletedPro
 
 
 def _losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -111,7 +111,7 @@ def _refuse_folder(folder: Path, force: bool) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file; a bundle is a folder, and a state dict ends in .pt or .pth")
     try:
-        ours = OURS in json.loads((folder / METADATA).read_text())
+        ours = OURS in json.loads((folder / METADATA).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         ours = False
     if not ours:

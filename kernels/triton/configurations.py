@@ -104,7 +104,7 @@ def _architecture(device: torch.device) -> str:
 def _table(file: Path) -> dict[str, dict[str, Configuration]]:
     if not file.exists():
         return {}
-    read = json.loads(file.read_text())
+    read = json.loads(file.read_text(encoding="utf-8"))
     return {name: {key: Configuration(**entry) for key, entry in table.items()} for name, table in read.items()}
 
 
@@ -127,5 +127,5 @@ def _write(file: Path, architecture: str, key: str, found: Configuration) -> Non
     table = dict(_table(file))
     table[architecture] = {**table.get(architecture, {}), key: found}
     plain = {name: {key: asdict(entry) for key, entry in entries.items()} for name, entries in table.items()}
-    file.write_text(json.dumps(plain, indent=1) + "\n")
+    file.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     _table.cache_clear()

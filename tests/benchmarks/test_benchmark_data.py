@@ -160,7 +160,7 @@ def test_what_is_no_view_is_refused(change: Any, said: str) -> None:
 
 def test_cold_files_are_not_promised_where_a_store_lies_in_memory(made_store: Path) -> None:
     memory = Path("/dev/shm")
-    if not memory.is_dir() or "tmpfs /dev/shm" not in Path("/proc/mounts").read_text():
+    if not memory.is_dir() or "tmpfs /dev/shm" not in Path("/proc/mounts").read_text(encoding="utf-8"):
         pytest.skip("no file system in memory at /dev/shm")
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         shutil.copytree(made_store, Path(folder) / "store")
@@ -233,7 +233,7 @@ def run_command(*words: str) -> tuple[list[dict[str, Any]], str]:
     words = ("--device", "cpu", "--workers", "1", *words)
     done = subprocess.run([sys.executable, "-m", "voxtrast.benchmarks.data", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in Path(words[-1]).read_text().splitlines()], done.stdout
+    return [json.loads(line) for line in Path(words[-1]).read_text(encoding="utf-8").splitlines()], done.stdout
 
 
 def test_turns_of_a_row_are_measured_and_written(tmp_path: Path, made_store: Path) -> None:
@@ -268,7 +268,7 @@ def test_an_epoch_of_a_recipe_and_the_wait_of_its_steps(tiny_store: Path, tmp_pa
     words = ["--recipe", "cover-tiny", f"data={tiny_store}", "views.crop=[16,16,16]", "backbone.features=[8,16,16]"]
     words += ["method.units=[2,1,1]", "method.max_unreachable=1", "train.global_batch=2", "validation.fraction=0"]
     assert command.main([*words, "--steps", "2", "--device", "cpu", "--output", str(tmp_path / "here.jsonl")]) == 0
-    (line,) = (json.loads(line) for line in (tmp_path / "here.jsonl").read_text().splitlines())
+    (line,) = (json.loads(line) for line in (tmp_path / "here.jsonl").read_text(encoding="utf-8").splitlines())
     assert (line["op"], line["provider"], line["cases"], line["steps"]) == ("views of cover-tiny", "ours", 6, 3)
     assert line["views_per_s"] == pytest.approx(2 * 2 / line["step_s"])
     assert 0 <= line["share_of_waiting"] < 1

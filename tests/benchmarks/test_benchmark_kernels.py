@@ -57,7 +57,9 @@ def test_all_providers_of_a_case_agree(module, shape: dict[str, int], tmp_path: 
     file = tmp_path / "results" / "here.jsonl"
     for _ in range(2):
         append(lines, file)
-    assert [json.loads(line)["op"] for line in file.read_text().splitlines()] == [line["op"] for line in lines] * 2
+    assert [json.loads(line)["op"] for line in file.read_text(encoding="utf-8").splitlines()] == [
+        line["op"] for line in lines
+    ] * 2
 
 
 @pytest.mark.parametrize(("module", "shape"), [(local_correlation, SMALL_MAPS), (vector_pyramid, SMALL_PYRAMID)])

@@ -22,9 +22,9 @@ def test_a_recipe_is_trained_and_told_of(tiny_store: Path, tmp_path: Path, capsy
     words = ["--data", str(tiny_store), "--into", str(tmp_path), "--recipes", "pcl-tiny", "--steps", "3", *WORDS]
     assert methods.main([*words, "--output", str(lines)]) == 0
     said = capsys.readouterr().out
-    (row,) = (json.loads(line) for line in lines.read_text().splitlines())
+    (row,) = (json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines())
     run = tmp_path / f"pcl-tiny-{tiny_store.name}"
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert (row["steps"], row["batch"], row["views_a_sample"]) == (3, 4, 2)
     assert row["losses"]["contrast"] == pytest.approx([sum(line["loss/contrast"] for line in log) / 3] * 2)
     assert row["median_s"] == pytest.approx(sorted(4 / line["samples_per_second"] for line in log[1:])[0], rel=1)

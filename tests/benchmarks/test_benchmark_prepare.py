@@ -42,7 +42,7 @@ def test_every_provider_is_measured_and_the_profile_adds_up(
     monkeypatch.setattr(prepare.os, "environ", dict(prepare.os.environ))
     words = ["--quick", "--order", "3", "--rounds", "1", "--output", str(tmp_path / "here.jsonl")]
     assert prepare.main(words) == 0
-    lines = [json.loads(line) for line in (tmp_path / "here.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "here.jsonl").read_text(encoding="utf-8").splitlines()]
     for op in prepare.WORK:
         found = {line["provider"]: line for line in lines if line["op"] == f"prepare: {op}"}
         assert list(found) == list(prepare.PROVIDERS)

@@ -122,11 +122,11 @@ def test_what_has_its_line_is_not_run_again_and_what_fails_takes_what_needs_it_a
     failed = run(bench, jobs[:6], hours=1)
     assert [str(job) for job in failed] == ["made: pretrain pcl"]
     assert "made: pretrain pcl: failed with exit code 3: no volume can be read" in capsys.readouterr().err
-    first = begun.read_text().splitlines()
+    first = begun.read_text(encoding="utf-8").splitlines()
     assert not any("finetune pcl" in each for each in first)
     assert sum("finetune" in each for each in first) == 3  # two labels' scratch, and mae's
     run(bench, jobs, hours=1)
-    second = begun.read_text().splitlines()[len(first) :]
+    second = begun.read_text(encoding="utf-8").splitlines()[len(first) :]
     assert not set(second) & set(first) - {"made: pretrain pcl"}
     assert {tuple(each[key] for key in ("kind", "arm", "labels")) for each in label_results.read([bench.file])} == {
         ("finetune", SCRATCH, 2), ("finetune", "mae", 2), ("finetune", SCRATCH, 1), ("finetune", "mae", 1),
@@ -233,7 +233,7 @@ def test_a_small_plan_runs_from_raw_volumes_to_its_tables(tiny_store: Path, plan
     assert found["finetune", "mae", 1]["pretraining"]["steps"] == 2
     assert found["finetune", "pcl", 1]["pretraining"]["untrained"] > 0
     assert "pretraining" not in found["finetune", SCRATCH, 1]
-    assert str(tmp_path) not in (tmp_path / "into" / "results.jsonl").read_text()
+    assert str(tmp_path) not in (tmp_path / "into" / "results.jsonl").read_text(encoding="utf-8")
     assert 0 <= found["probe", "mae", 0]["correspondence"]["encoder"]["right"] <= 1
     assert found["probe", "mae", 0]["linear"]["encoder"]["dice"]["mean"] > 0
     assert "### made" in done.stdout

@@ -31,7 +31,7 @@ def test_every_number_of_ranks_has_a_row_whose_parts_make_up_the_step(tiny_store
         "bfloat16",
     ]
     assert scaling.main([*words, "--output", str(lines), "--plot", str(picture)]) == 0
-    one, two = (json.loads(line) for line in lines.read_text().splitlines())
+    one, two = (json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines())
     assert (one["ranks"], two["ranks"]) == (1, 2)
     for row in (one, two):
         assert (row["batch"], row["precision"]) == (4, "bfloat16")

@@ -26,7 +26,7 @@ def test_both_forms_learn_the_same_and_every_part_takes_time(tiny_store: Path, t
     assert train.main(words) == 0
     said = capsys.readouterr().out
     assert all((part in said) == (part != "adversary") for part in train.PARTS)
-    ours, references = (json.loads(line) for line in (tmp_path / "here.jsonl").read_text().splitlines())
+    ours, references = (json.loads(line) for line in (tmp_path / "here.jsonl").read_text(encoding="utf-8").splitlines())
     assert ours["provider"] == "ours"
     assert ours["op"] == "step of cover-tiny"
     assert ours["first_loss_difference"] < 1e-6
@@ -46,7 +46,7 @@ def test_one_batch_can_be_repeated_in_any_precision(precision: str, tiny_store: 
     output = tmp_path / "here.jsonl"
     words = [*SMALL, f"data={tiny_store}", f"train.autocast={precision}", "--synthetic", "--steps", "2"]
     assert train.main([*words, "--device", "cpu", "--output", str(output)]) == 0
-    ours, references = (json.loads(line) for line in output.read_text().splitlines())
+    ours, references = (json.loads(line) for line in output.read_text(encoding="utf-8").splitlines())
     assert (ours["synthetic"], ours["precision"]) == (True, precision)
     assert ours["shares"]["data"] < 0.01
     assert ours["first_loss_difference"] < 1e-3
@@ -61,7 +61,7 @@ def test_a_step_of_the_last_stage_is_told_apart_for_any_method(tiny_store: Path,
     output = tmp_path / "here.jsonl"
     words = [str(recipe(tmp_path, STAGES)), f"data={tiny_store}", "backbone.features=[8,16,16]"]
     assert train.main([*words, "--steps", "2", "--device", "cpu", "--output", str(output)]) == 0
-    ours = json.loads(output.read_text().splitlines()[0])
+    ours = json.loads(output.read_text(encoding="utf-8").splitlines()[0])
     assert set(ours["parts_s"]) == set(train.PARTS)
     assert all(seconds > 0 for name, seconds in ours["parts_s"].items() if name != "data")
     assert ours["shape"]["batch"] == 4

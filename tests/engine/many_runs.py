@@ -47,9 +47,9 @@ def run_pool(ranks: int, runs: Sequence[Words], folder: Path, timeout: float = 6
     finally:
         for process in processes:
             process.kill()
-    said = "\n".join(f"rank {rank}: {log.read_text()[-6000:]}" for rank, log in enumerate(logs))
+    said = "\n".join(f"rank {rank}: {log.read_text(encoding='utf-8')[-6000:]}" for rank, log in enumerate(logs))
     assert codes == [0] * ranks, f"{codes}\n{said}"
-    ends: list[str] = json.loads((folder / "ends.json").read_text())
+    ends: list[str] = json.loads((folder / "ends.json").read_text(encoding="utf-8"))
     return ends
 
 
@@ -67,7 +67,7 @@ def _make(runs: list[list[str]]) -> list[str]:
 def _main(plan: Path) -> int:
     METHODS["stand_in"] = StandIn
     try:
-        ends: Any = _make(json.loads(plan.read_text()))
+        ends: Any = _make(json.loads(plan.read_text(encoding="utf-8")))
     except BaseException:
         traceback.print_exc()
         return 1

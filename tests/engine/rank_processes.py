@@ -56,5 +56,5 @@ class RankProcesses:
 
     def said(self, rank: int) -> list[str]:
         """Lines of a rank, less those of torch's own log."""
-        lines = (self.folder / f"stderr{rank}").read_text().splitlines()
+        lines = (self.folder / f"stderr{rank}").read_text(encoding="utf-8").splitlines()
         return [line for line in lines if line.startswith(("error", "Traceback", "voxtrast"))]

@@ -24,7 +24,7 @@ def state_of(run: Path, step: int = 6) -> State:
 
 
 def lines_of(run: Path, name: str = "log") -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 

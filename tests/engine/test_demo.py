@@ -99,7 +99,7 @@ def test_headers_differ_and_the_anatomy_agrees(raw: Path) -> None:
 
 
 def test_subjects_differ_by_millimetres(raw: Path) -> None:
-    described = json.loads((raw / "cases.json").read_text())["cases"]
+    described = json.loads((raw / "cases.json").read_text(encoding="utf-8"))["cases"]
     assert all(4.0 < line["deformation_mm"] < 9.0 for line in described)
     assert len({line["deformation_mm"] for line in described}) == len(described)
 
@@ -140,14 +140,14 @@ def test_the_whole_demo_and_a_second_call_that_does_nothing_again(
     report = run_demo(output, settings=SMALL)
     first = capfd.readouterr().out
     assert report == output / "report.html"
-    text = report.read_text()
+    text = report.read_text(encoding="utf-8")
     assert "a demonstration, not a result" in text
     for number, name in enumerate(("cases", "prepare", "pretrain", "fine-tune", "export", "report"), start=1):
         assert f"[{number}/6] {name}: " in first
     assert (output / "export" / "nnunet.pth").is_file()
     assert (output / "export" / "network.safetensors").is_file()
     results = output / "pretrain" / "finetune" / "finetune.jsonl"
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
     assert [line["arm"] for line in lines] == ["pretrained", "scratch"]
     assert all(f"{line['dice']['mean']:.3f}" in text for line in lines)
     unseen = {case.id for case in load_run(output / "pretrain").validation_cases}

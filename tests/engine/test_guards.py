@@ -338,5 +338,5 @@ def test_the_log_is_json_that_others_read(run: Run, spoil: Any) -> None:
     def refuse(word: str) -> None:
         raise AssertionError(word)
 
-    for line in (folder / "log.jsonl").read_text().splitlines():
+    for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
         json.loads(line, parse_constant=refuse)

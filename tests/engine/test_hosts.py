@@ -32,7 +32,7 @@ def test_hosts_in_order_with_comments(hostfile: Path) -> None:
     ],
 )
 def test_a_bad_hostfile_is_refused_by_its_line(text: str, said: str, hostfile: Path) -> None:
-    hostfile.write_text(text)
+    hostfile.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=said):
         read_hostfile(hostfile)
 

@@ -13,7 +13,7 @@ from voxtrast.engine.weights import load_weights
 from voxtrast.methods.backbone import BackboneConfig, build_network
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "import-weights.md"
-RESENC, SWIN = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+RESENC, SWIN = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 SMALL_RESENC = BackboneConfig(architecture="residual_unet", features=[4, 8])
 SMALL_SWIN = BackboneConfig(architecture="swin_unetr", features=[12])
 

@@ -84,11 +84,11 @@ def settings(store: Path, run: Path, steps: int) -> list[str]:
 
 
 def finish(process: Started, log: Path) -> None:
-    assert process.wait(timeout=400) == 0, log.read_text()[-3000:]
+    assert process.wait(timeout=400) == 0, log.read_text(encoding="utf-8")[-3000:]
 
 
 def lines(run: Path) -> int:
-    return (run / "log.jsonl").read_text().count("\n") if (run / "log.jsonl").exists() else 0
+    return (run / "log.jsonl").read_text(encoding="utf-8").count("\n") if (run / "log.jsonl").exists() else 0
 
 
 def ranks_of(process: Started) -> list[psutil.Process]:
@@ -126,7 +126,9 @@ def killed_and_continued(
         left_before = unfinished(run)
         process, began = begin(), time.monotonic()
         if not kill_at_random(process, run, draws, seconds):
-            pytest.fail(f"over after {len(done)} of {kills} kills: {process.poll()}, {log.read_text()[-3000:]}")
+            pytest.fail(
+                f"over after {len(done)} of {kills} kills: {process.poll()}, {log.read_text(encoding='utf-8')[-3000:]}"
+            )
         cut_off = unfinished(run) - left_before
         resumes = load_latest(run / "checkpoints")[0]
         done.append({"kill": len(done) + 1, "after_seconds": round(time.monotonic() - began, 2),
@@ -161,7 +163,7 @@ def test_a_run_killed_within_a_save_equals_the_uninterrupted_run(
     """In the middle of the file, and between the file and its description."""
     run, whole, log = tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "output.txt"
     process = Forked(settings(tiny_store, run, 6), log, moment)
-    assert process.wait(timeout=200) == -signal.SIGKILL, log.read_text()[-3000:]
+    assert process.wait(timeout=200) == -signal.SIGKILL, log.read_text(encoding="utf-8")[-3000:]
     assert any(moment.split(".")[0] in name for name in unfinished(run))
     newest, damaged = load_latest(run / "checkpoints")
     assert newest is not None

@@ -269,7 +269,7 @@ def test_a_job_requeues_itself_but_not_for_ever(tmp_path: Path) -> None:
 
     ends = [0, 2, 75, 143, 69, 137, 134, 75, 137, 137, 137, 137, 137]
     assert [code for code in ends if requeued(code)] == [75, 143, 69, 137, 134, 75, 137, 137, 137, 137]
-    assert "--cpus-per-task=8" in (tmp_path / "started").read_text()
+    assert "--cpus-per-task=8" in (tmp_path / "started").read_text(encoding="utf-8")
 
 
 def test_a_list_of_hosts_that_is_none_and_ports_of_jobs() -> None:

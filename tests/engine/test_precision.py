@@ -127,14 +127,14 @@ def check_on_one_of_two(rank: int, folder: str) -> None:
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     for stage in range(4):
         check_stage(stage, rank, clip=0.05, accumulation=1)
-    Path(folder, f"rank{rank}").write_text("equal")
+    Path(folder, f"rank{rank}").write_text("equal", encoding="utf-8")
     stop_processes()
 
 
 @pytest.mark.slow
 def test_what_one_of_two_ranks_overflows_is_dropped_by_both(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(check_on_one_of_two, args=(str(tmp_path),), nprocs=2)
-    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["equal", "equal"]
+    assert [(tmp_path / f"rank{rank}").read_text(encoding="utf-8") for rank in range(2)] == ["equal", "equal"]
 
 
 def test_a_dropped_step_leaves_everything_and_the_run_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

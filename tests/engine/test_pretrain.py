@@ -58,7 +58,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def newest_model(run: Path) -> dict[str, torch.Tensor]:
@@ -82,13 +82,13 @@ def uninterrupted(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def test_a_run_leaves_what_the_documentation_says(uninterrupted: Path) -> None:
     assert {path.name for path in uninterrupted.iterdir()} >= {"config.yaml", "log.jsonl", "checkpoints",
                                                               "weights.safetensors", "tensorboard"}  # fmt: skip
-    lines = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 31))
     wanted = {"loss/vector", "loss/consistency", "learning_rate", "samples_per_second", "data_wait", "memory_mb",
               "monitor/displacement_error", "monitor/zero_error", "monitor/unreachable_fraction"}  # fmt: skip
     assert set(lines[0]) >= wanted
     assert lines[0]["loss"] == pytest.approx(lines[0]["loss/vector"] + lines[0]["loss/consistency"], rel=1e-6)
-    held = [json.loads(line) for line in (uninterrupted / "validation.jsonl").read_text().splitlines()]
+    held = [json.loads(line) for line in (uninterrupted / "validation.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in held] == [0, 15, 30]
     assert set(held[0]) >= {"loss", "vector", "consistency", "displacement_error", "zero_error"}
     tensors, description = load_weights(uninterrupted / "weights.safetensors")

@@ -27,14 +27,14 @@ def check_on_one_of_two(rank: int, folder: str, drift: float) -> None:
         Ranks(rank, 2, rank, torch.device("cpu")).check_equal(network)
     except UserError as error:
         outcome = str(error)
-    Path(folder, f"rank{rank}").write_text(outcome)
+    Path(folder, f"rank{rank}").write_text(outcome, encoding="utf-8")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("drift", [0.0, 1e-7, pytest.param(float("inf"), marks=pytest.mark.slow)])
 def test_ranks_with_other_parameters_are_found_by_all_of_them(drift: float, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(check_on_one_of_two, args=(str(tmp_path), drift), nprocs=2)
-    outcomes = [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
+    outcomes = [(tmp_path / f"rank{rank}").read_text(encoding="utf-8") for rank in range(2)]
     if drift == 0:
         assert outcomes == ["equal", "equal"]
     else:

@@ -80,7 +80,8 @@ def without_store(run: Path) -> Path:
     """Of such a run the report has little to draw."""
     config = run / "config.yaml"
     lines = (
-        f"data: {run / 'nowhere'}" if line.startswith("data:") else line for line in config.read_text().split("\n")
+        f"data: {run / 'nowhere'}" if line.startswith("data:") else line
+        for line in config.read_text(encoding="utf-8").split("\n")
     )
     config.write_text("\n".join(lines))
     return run
@@ -153,7 +154,7 @@ def test_page_holds_the_numbers_of_the_logs(page: Path, run: Path) -> None:
         assert number in text
     for words in ("3 of 3", "12.5%", "789 MB", "2 s for 3 steps, median 0.50 s a step, 4.00 samples/s", "checkpoint"):
         assert words in text
-    for line in map(json.loads, (run / "finetune" / "finetune.jsonl").read_text().splitlines()):
+    for line in map(json.loads, (run / "finetune" / "finetune.jsonl").read_text(encoding="utf-8").splitlines()):
         assert f"{line['dice']['mean']:.3f}" in text
         assert f"{line['dice']['classes']['1']:.3f}" in text
 
@@ -228,7 +229,9 @@ def test_several_runs_share_a_page(tiny_store: Path, tmp_path: Path) -> None:
 
 
 def test_given_results_are_compared_with_those_of_the_run(run: Path, tiny_store: Path, tmp_path: Path) -> None:
-    lines = [json.loads(line) for line in (run / "finetune" / "finetune.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (run / "finetune" / "finetune.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     other = without_store(make_run(tmp_path / "other", tiny_store, trained=False))
     (other / "finetune").mkdir()
     (other / "finetune" / "finetune.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -251,7 +254,7 @@ def test_only_a_report_is_replaced(tiny_store: Path, tmp_path: Path) -> None:
     output.write_text("<html>three years of work</html>")
     with pytest.raises(UserError, match=r"was not written by `voxtrast report`.*--force"):
         write_report([bare], output)
-    assert "three years" in output.read_text()
+    assert "three years" in output.read_text(encoding="utf-8")
     write_report([bare], output, force=True)
     write_report([bare], output)  # its own page, without force
     with pytest.raises(UserError, match="a folder; name a file"):

@@ -33,7 +33,7 @@ def open_page(path: Path, folder: Path, *words: str) -> tuple[str, str, list[str
                "--enable-logging=stderr", *words, "--dump-dom", path.as_uri()]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     said = "\n".join(line for line in ran.stderr.splitlines() if "CONSOLE" in line)
-    events = json.loads(traffic.read_text())["events"]
+    events = json.loads(traffic.read_text(encoding="utf-8"))["events"]
     known = (event.get("params", {}) for event in events)
     # A browser also asks for things of its own, which no page has initiated.
     asked = [str(each["url"]) for each in known if each.get("initiator", "not an origin") != "not an origin"]
@@ -63,7 +63,9 @@ def test_nothing_is_fetched_and_nothing_fails(path: Path, tmp_path: Path) -> Non
 def test_the_browser_would_have_told(path: Path, tmp_path: Path) -> None:
     """What the page's own policy forbids is said and not asked for; without the policy it would be."""
     broken = tmp_path / "broken.html"
-    text = path.read_text().replace("</main>", '<img alt="" src="http://localhost:9/picture.png"></main>')
+    text = path.read_text(encoding="utf-8").replace(
+        "</main>", '<img alt="" src="http://localhost:9/picture.png"></main>'
+    )
     broken.write_text(text.replace("</script>", "nothing.fails();</script>"))
     _, said, asked = open_page(broken, tmp_path)
     assert "Content Security Policy" in said
@@ -75,7 +77,7 @@ def test_the_browser_would_have_told(path: Path, tmp_path: Path) -> None:
 
 def test_without_scripts_the_sliders_are_hidden(path: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain.html"
-    plain.write_text(path.read_text().replace("script-src 'unsafe-inline'", "script-src 'none'"))
+    plain.write_text(path.read_text(encoding="utf-8").replace("script-src 'unsafe-inline'", "script-src 'none'"))
     elements, _, _ = open_page(plain, tmp_path)
     assert len(re.findall(r'<label class="slider" hidden="">', elements)) == 3
 
@@ -83,7 +85,7 @@ def test_without_scripts_the_sliders_are_hidden(path: Path, tmp_path: Path) -> N
 def test_a_slider_moves_every_volume_of_its_plane(path: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved.html"
     move = 'const i = document.querySelector("input"); i.value = 4; i.dispatchEvent(new Event("input"));</script>'
-    moved.write_text(path.read_text().replace("</script>", move))
+    moved.write_text(path.read_text(encoding="utf-8").replace("</script>", move))
     elements, said, _ = open_page(moved, tmp_path)
     assert said == ""
     tops = [int(top) for top in re.findall(r"top: (-?\d+)%", elements)]

@@ -38,7 +38,7 @@ def small_state(step: int, **fields: Any) -> State:
 
 
 def described(folder: Path, step: int) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / f"step-{step:08d}.json").read_text())
+    found: dict[str, Any] = json.loads((folder / f"step-{step:08d}.json").read_text(encoding="utf-8"))
     return found
 
 
@@ -46,7 +46,7 @@ def rewrite(path: Path, **fields: Any) -> None:
     """Changes fields of a checkpoint; None takes one away."""
     content = torch.load(path, weights_only=True) | fields
     torch.save({key: value for key, value in content.items() if value is not None}, path)
-    about = json.loads(path.with_suffix(".json").read_text())
+    about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     path.with_suffix(".json").write_text(json.dumps(about | {"sha256": file_sha256(path)}))
 
 
@@ -89,7 +89,9 @@ def test_the_log_says_how_long_a_save_held_training(run: Run, monkeypatch: pytes
 
     monkeypatch.setattr(checkpoint, "_write_hashed", slow)
     folder = run("run", "train.steps=4", "checkpoint.every=2", "validation.every=0")
-    held = [json.loads(line)["save_seconds"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    held = [
+        json.loads(line)["save_seconds"] for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [each > 0 for each in held] == [False, False, True, False]
     assert held[2] < 0.7
 

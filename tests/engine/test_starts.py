@@ -24,7 +24,7 @@ def test_every_start_of_a_run_is_noted(run: Run) -> None:
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     assert read_starts(tmp_path) == []
     note_start(tmp_path, step=0, ranks=1, device=torch.device("cpu"))
-    with open(tmp_path / FILE, "a") as file:
+    with open(tmp_path / FILE, "a", encoding="utf-8") as file:
         file.write('{"date": "2026-01-0')
     assert [start["step"] for start in read_starts(tmp_path)] == [0]
 

@@ -72,7 +72,7 @@ def test_stages_are_those_of_a_plain_loop_and_what_no_loss_reaches_stays(
 
 def test_the_log_says_the_stage_its_rate_and_its_batch(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run("run", stages=STAGES)
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["stage"] for line in lines] == ["D", "D", "R", "R", "A", "A"]
     assert [line["learning_rate"] for line in lines] == pytest.approx([0.01, 0.005, 0.003, 0.0015, 0.01, 0.005])
     assert [sum(key.startswith("loss/") for key in line) for line in lines] == [1, 1, 2, 2, 2, 2]
@@ -210,7 +210,7 @@ def test_a_checkpoint_of_the_first_format_is_read(run: Run) -> None:
     content = torch.load(path, weights_only=True)
     old = {key: content[key] for key in ("step", "model", "optimizer", "average")}
     torch.save({"format": 1, **old}, path)
-    description = json.loads(path.with_suffix(".json").read_text())
+    description = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     path.with_suffix(".json").write_text(json.dumps(description | {"sha256": file_sha256(path)}))
     state = load_checkpoint(path)
     assert (state.step, state.adversary, state.loaded) == (2, {}, [])

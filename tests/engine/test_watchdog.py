@@ -245,7 +245,7 @@ def test_an_error_of_the_collectives_names_the_rank_behind_it(tmp_path: Path) ->
             (tmp_path / "number.part").rename(tmp_path / "number")
             time.sleep(60)
         until((tmp_path / "number").exists)
-        os.kill(int((tmp_path / "number").read_text()), signal.SIGKILL)
+        os.kill(int((tmp_path / "number").read_text(encoding="utf-8")), signal.SIGKILL)
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
 
     ranks = RankProcesses(tmp_path, watched(body))

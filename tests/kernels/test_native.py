@@ -73,7 +73,7 @@ def test_kernels_import_torch_and_the_standard_library_only() -> None:
     """And Triton in its own folder, whose __init__ everybody imports."""
     for path in sorted((ROOT / "kernels").rglob("*.py")):
         allowed = {"torch", "triton"} if path.parent.name == "triton" and path.name != "__init__.py" else {"torch"}
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
                 names = [] if node.level else [node.module or ""]
             else:

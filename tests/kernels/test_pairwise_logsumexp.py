@@ -151,7 +151,7 @@ import pathlib, torch
 from voxtrast.kernels import pairwise_logsumexp, pairwise_logsumexp_reference
 
 def status(name):
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    lines = pathlib.Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 def peak_mb(function, count):

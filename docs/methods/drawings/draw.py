@@ -15,7 +15,7 @@ def drawings(page: str) -> dict[str, str]:
 
 def main(folder: Path, work: Path) -> None:
     for page in sorted(folder.glob("*.md")):
-        for name, source in drawings(page.read_text()).items():
+        for name, source in drawings(page.read_text(encoding="utf-8")).items():
             (work / f"{name}.html").write_text(
                 f"""<!doctype html><meta charset="utf-8"><pre class="mermaid">{html.escape(source)}</pre>
                 <script src="package/dist/mermaid.min.js"></script>

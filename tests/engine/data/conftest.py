@@ -140,7 +140,7 @@ def rejected() -> Callable[[Path], dict[str, dict[str, str]]]:
     """rejected(store): lines of rejected.jsonl by file; each has exactly the three fields, on one line."""
 
     def reader(store: Path) -> dict[str, dict[str, str]]:
-        lines = [json.loads(line) for line in (store / "rejected.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (store / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
         assert all(set(line) == {"file", "reason", "remedy"} and all(line.values()) for line in lines)
         assert [line["file"] for line in lines] == sorted(line["file"] for line in lines)
         return {line["file"]: line for line in lines}

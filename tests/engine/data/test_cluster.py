@@ -176,9 +176,9 @@ def test_no_job_outlives_its_run(
     monkeypatch.setattr(workers, "PROGRAM", program)
     with pytest.raises(UserError, match="cannot write to the store: no space"):
         run(tmp_path / "raw", tmp_path / "store", scheduler=address)
-    assert not [number for number in mark.read_text().split() if Path(f"/proc/{number}").exists()]
+    assert not [number for number in mark.read_text(encoding="utf-8").split() if Path(f"/proc/{number}").exists()]
     time.sleep(0.5)  # for the other job, had it been started in place of the one that was ended
-    assert len(mark.read_text().split()) == 1
+    assert len(mark.read_text(encoding="utf-8").split()) == 1
     monkeypatch.undo()
     assert run(tmp_path / "raw", tmp_path / "store", scheduler=address).prepared == 3, "the Dask workers are free"
 
@@ -222,7 +222,7 @@ def test_a_process_that_is_closed_while_it_starts_performs_nothing(
     worker.close()
     thread.join()
     assert replies == [{"died": "the end of its run"}]
-    assert (worker.process, mark.read_text()) == (None, "")
+    assert (worker.process, mark.read_text(encoding="utf-8")) == (None, "")
     assert worker.perform({"task": "convert"}) == replies[0]
 
 

@@ -33,7 +33,8 @@ def nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def write_nvcc(place: Path, release: str = "13.0", *, code: int = 0) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(
-        f"#!/bin/sh\necho 'nvcc: NVIDIA (R)'; echo 'tools, release {release}, V{release}.88'; exit {code}\n"
+        f"#!/bin/sh\necho 'nvcc: NVIDIA (R)'; echo 'tools, release {release}, V{release}.88'; exit {code}\n",
+        encoding="utf-8",
     )
     place.chmod(0o755)
     return place
@@ -119,7 +120,9 @@ def test_sources_that_nvcc_does_not_compile_say_what_to_do(tmp_path: Path, monke
     write_nvcc(tmp_path / "path" / "nvcc")
     library = native.views_cuda_library()
     nvcc = Path(library.nvcc[0])
-    nvcc.write_text("#!/bin/sh\necho \"nvcc fatal   : Unsupported gpu architecture 'compute_90'\"; exit 1\n")
+    nvcc.write_text(
+        "#!/bin/sh\necho \"nvcc fatal   : Unsupported gpu architecture 'compute_90'\"; exit 1\n", encoding="utf-8"
+    )
     monkeypatch.setenv("VOXTRAST_CACHE", str(tmp_path / "cache"))
     with pytest.raises(
         UserError, match=r"views_cuda does not compile with .*nvcc 13\.0 and g\+\+.*compute_90.*VOXTRAST_CUDA=0"

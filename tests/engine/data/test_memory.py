@@ -20,7 +20,7 @@ settings = {"spacing_mm": float(sys.argv[2]), "minimum_size_voxels": 1, "modalit
 job = {"task": "convert", "source": "a", "id": "a", "files": [sys.argv[1]], "dicom": False, "label": None,
        "store": sys.argv[3], "settings": settings, "modality": "", "device": "cpu", "memory_limit_gb": None}
 assert "done" in perform(job)
-status = pathlib.Path("/proc/self/status").read_text()
+status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
 print(1024 * int(status.partition("VmHWM:")[2].split()[0]))
 """
 

@@ -49,9 +49,9 @@ def test_a_library_is_compiled_once_and_then_taken_from_the_cache(tmp_path: Path
     root = write_answer(tmp_path / "csrc")
     path = native.build(ANSWER, root)
     assert ctypes.CDLL(str(path)).answer() == 42
-    assert compilations.read_text() == "x\nx\n"
+    assert compilations.read_text(encoding="utf-8") == "x\nx\n"
     assert native.build(ANSWER, root) == path
-    assert compilations.read_text() == "x\nx\n"
+    assert compilations.read_text(encoding="utf-8") == "x\nx\n"
 
 
 @pytest.mark.parametrize("what", ["source", "header", "flags"])
@@ -80,7 +80,7 @@ def test_two_processes_at_once_compile_once(tmp_path: Path, compilations: Path) 
     ]
     paths = {process.communicate(timeout=60)[0] for process in started}
     assert len(paths) == 1
-    assert compilations.read_text() == "x\nx\n"
+    assert compilations.read_text(encoding="utf-8") == "x\nx\n"
 
 
 def test_what_a_killed_process_left_behind_is_no_obstacle(tmp_path: Path, cache: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_broken_source_names_the_first_error_and_where_the_rest_is(tmp_path: P
         native.build(ANSWER, root)
     (log,) = cache.glob("*.log")
     assert str(log) in str(caught.value)
-    assert "answer.cpp" in log.read_text()
+    assert "answer.cpp" in log.read_text(encoding="utf-8")
     write_answer(root)
     native.build(ANSWER, root)
 
@@ -160,7 +160,7 @@ def test_a_compiler_that_does_not_start_is_named(tmp_path: Path, monkeypatch: py
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, cache: Path) -> None:
-    cache.write_text("a file where the folder should be")
+    cache.write_text("a file where the folder should be", encoding="utf-8")
     with pytest.raises(UserError, match=rf"{cache}: the folder for compiled operators.*set VOXTRAST_CACHE"):
         native.build(ANSWER, write_answer(tmp_path / "csrc"))
 

@@ -23,7 +23,9 @@ def write_list(file: Path, images: dict[str, list[Any]]) -> Path:
             subject, {"subject_id": subject, "subject_info": {"age": 60}, "sessions": {}}
         )
         in_subject["sessions"][session] = {"session_id": session, "session_info": None, "images": listed}
-    file.write_text(json.dumps({"collection_index": 1, "collection_name": "made up", "datasets": datasets}))
+    file.write_text(
+        json.dumps({"collection_index": 1, "collection_name": "made up", "datasets": datasets}), encoding="utf-8"
+    )
     return file
 
 
@@ -59,7 +61,7 @@ def test_images_of_a_list_are_prepared_under_their_ids(
     assert run(listed, tmp_path / "store").unchanged == 5
     run(listed, tmp_path / "as_mr", modality="mr")
     assert {case.modality for case in Store(tmp_path / "as_mr").cases} == {"mr"}, "what is asked for goes first"
-    listed.write_text(listed.read_text().replace('"cta"', '"T2w"'))
+    listed.write_text(listed.read_text(encoding="utf-8").replace('"cta"', '"T2w"'))
     assert run(listed, tmp_path / "store").prepared == 1, "another modality is another volume"
 
 
@@ -78,7 +80,7 @@ def test_bad_entries_get_a_line_each(tmp_path: Path, write: Callable, run: Calla
         None,
     ]
     listed = write_list(tmp_path / "list.json", {"D/s/1": session, "D/s/2": [image("good.nii.gz", name="x")] * 2})
-    collection = json.loads(listed.read_text())
+    collection = json.loads(listed.read_text(encoding="utf-8"))
     collection["datasets"]["D"]["subjects"] |= {"broken": {"sessions": {"1": {"images": 7}}}, "empty": {"sessions": {}}}
     collection["datasets"]["E"] = None
     listed.write_text(json.dumps(collection))
@@ -97,7 +99,9 @@ def test_bad_entries_get_a_line_each(tmp_path: Path, write: Callable, run: Calla
         "D/broken/1": "the entry has no images",
         "E": "the entry has no subjects",
     }
-    reasons = [json.loads(line) for line in (tmp_path / "store/rejected.jsonl").read_text().splitlines()]
+    reasons = [
+        json.loads(line) for line in (tmp_path / "store/rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert {line["reason"] for line in reasons if line["file"] == "D/s/2/x"} == {
         "a second image of this name in its session",
         "duplicate: the same bytes as D/s/1/good.nii.gz, which is in the store",

@@ -227,7 +227,7 @@ def test_an_epoch_visits_every_case_once(store: Store) -> None:
 
 def bytes_read() -> int:
     """By this process, from whatever cache or disk."""
-    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="utf-8").splitlines())
     return int(fields["rchar"])
 
 

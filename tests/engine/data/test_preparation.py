@@ -115,7 +115,7 @@ def test_what_a_disk_may_forget_is_tried_again_and_bad_files_are_not(
         "broken.nii.gz": "cannot be read: Input/output error",
         "denied.nii.gz": "cannot be read: Permission denied",
     }
-    tries = (tmp_path / "tries").read_text().split()
+    tries = (tmp_path / "tries").read_text(encoding="utf-8").split()
     assert {name: tries.count(name) for name in (*names, "good")} == {
         "flaky": 2, "stale": 2, "denied": 1, "broken": 2, "good": 1,
     }  # fmt: skip
@@ -143,12 +143,14 @@ def _start(raw: Path, store: Path) -> subprocess.Popen[bytes]:
 
 def _children(process: int) -> list[int]:
     listing = Path(f"/proc/{process}/task")
-    return [int(child) for task in listing.iterdir() for child in (task / "children").read_text().split()]
+    return [
+        int(child) for task in listing.iterdir() for child in (task / "children").read_text(encoding="utf-8").split()
+    ]
 
 
 def _is_alive(process: int) -> bool:
     try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
@@ -243,7 +245,7 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path, write: Callable, run: C
     (store / "volumes/.0.npy.123.tmp").write_bytes(b"half")
     (store / ".index.jsonl.123.tmp").write_bytes(b"half")
     (store / "volumes/gone.npy").write_bytes(b"whole")
-    lines = (store / "index.jsonl").read_text().splitlines()
+    lines = (store / "index.jsonl").read_text(encoding="utf-8").splitlines()
     (store / "journal.jsonl").write_text(f"{lines[0]}\n{lines[1][:70]}")
     (store / "index.jsonl").unlink()
     summary = run(raw, store)

@@ -43,7 +43,9 @@ def test_dicom_series_are_found_split_and_read_in_hounsfield_units(
     write_dicom(tmp_path / "raw/patient/two", array[:, ::-1], uid="1.2.3.6")
     settings = {"dtype": "float32", "spacing_mm": 2.0}
     summary = run(tmp_path / "raw", tmp_path / "store", **settings)
-    assert (summary.prepared, summary.exit_code) == (3, 0), (tmp_path / "store/rejected.jsonl").read_text()
+    assert (summary.prepared, summary.exit_code) == (3, 0), (tmp_path / "store/rejected.jsonl").read_text(
+        encoding="utf-8"
+    )
     store = Store(tmp_path / "store")
     assert [(case.id[:12], case.source, case.modality) for case in store.cases if case.id.endswith("one")] == [
         ("patient__one", "patient/one", "ct")
@@ -54,7 +56,9 @@ def test_dicom_series_are_found_split_and_read_in_hounsfield_units(
         ("patient/two#2948ed61", "ct"),
     }
     one = next(case for case in store.cases if case.source == "patient/one")
-    assert "1.2.3.5" not in "".join(file.read_text() for file in (tmp_path / "store").glob("*.json*")), "no UID"
+    assert "1.2.3.5" not in "".join(
+        file.read_text(encoding="utf-8") for file in (tmp_path / "store").glob("*.json*")
+    ), "no UID"
     volume = store.volume(one)
     assert one.shape[0] == 20, "the slices are 2 mm apart"
     np.testing.assert_allclose(volume[:5], -1.0, atol=0.02)  # d = 0 is the lowest position, whatever the file's name
@@ -282,7 +286,7 @@ def test_settings_of_a_store_that_holds_nothing_may_change(tmp_path: Path, write
 def test_two_prepares_on_one_store_do_not_meet(tmp_path: Path, write: Callable, run: Callable) -> None:
     write(tmp_path / "raw/a.nii.gz", 1)
     (tmp_path / "store").mkdir()
-    with open(tmp_path / "store/.lock", "w") as lock:
+    with open(tmp_path / "store/.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another prepare is at work"):
             run(tmp_path / "raw", tmp_path / "store")
@@ -292,7 +296,7 @@ def test_two_prepares_on_one_store_do_not_meet(tmp_path: Path, write: Callable, 
 def test_settings_are_written_for_the_reader(tmp_path: Path, write: Callable, run: Callable) -> None:
     write(tmp_path / "raw/a.nii.gz", 1)
     run(tmp_path / "raw", tmp_path / "store", spacing_mm=1.5, modality="mr")
-    assert json.loads((tmp_path / "store/store.json").read_text()) == {
+    assert json.loads((tmp_path / "store/store.json").read_text(encoding="utf-8")) == {
         "format": 1,
         "spacing_mm": 1.5,
         "modality": "mr",

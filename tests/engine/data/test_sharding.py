@@ -104,7 +104,9 @@ def test_a_store_is_brought_up_to_date_in_shards(
     write(own / "new.nii.gz", 22)
     run_shards(own, tmp_path / "store", 2)
     assert Store(tmp_path / "store").verify(contents=True) is None, "until the merge the old store can be read"
-    indices = [part.read_text().splitlines() for part in (tmp_path / "store/shards").glob("*/index.jsonl")]
+    indices = [
+        part.read_text(encoding="utf-8").splitlines() for part in (tmp_path / "store/shards").glob("*/index.jsonl")
+    ]
     done = {json.loads(line)["id"] for lines in indices for line in lines}
     assert {"1", "new"} <= done
     assert not done & {"3", "4", "5", "series"}, "what is there is not done again"
@@ -149,7 +151,7 @@ def test_a_shard_at_work_is_neither_started_again_nor_merged(
     raw: Path, whole: tuple[Path, PrepareSummary], parted: Path, contents: Callable
 ) -> None:
     before = contents(parted)
-    with open(parted / "shards/2-of-2/.lock", "w") as lock:
+    with open(parted / "shards/2-of-2/.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for start in (lambda: run_shards(raw, parted, 2, numbers=(2,)), lambda: merge(parted, progress=False)):
             with pytest.raises(UserError, match=r"another prepare is at work on .*shards/2-of-2: wait for it to end"):
@@ -175,7 +177,7 @@ def test_a_shard_that_is_started_again_is_not_done_until_it_ends(
 
 def test_shards_of_different_minds_are_not_merged(raw: Path, parted: Path) -> None:
     settings, part = parted / "shards/2-of-2/store.json", parted / "shards/2-of-2/part.jsonl"
-    right = settings.read_text(), part.read_text()
+    right = settings.read_text(encoding="utf-8"), part.read_text(encoding="utf-8")
     settings.write_text(right[0].replace("1.5", "1.4"))
     with pytest.raises(UserError, match="shards 1 and 2 differ in spacing_mm"):
         merge(parted, progress=False)

@@ -29,7 +29,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, write: Callable, run: Cal
 
 
 def test_the_page_about_prepare_explains_every_field_of_the_index() -> None:
-    page = (Path(__file__).parents[3] / "docs/prepare.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/prepare.md").read_text(encoding="utf-8")
     table = page.partition("| field of a line of index.jsonl |")[2].partition("\n\n")[0]
     explained = {
         name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.lstrip("| ").split(" | ")[0])
@@ -83,7 +83,9 @@ def test_a_header_that_another_program_wrote_is_read_by_many_threads_at_once(sto
 
 
 def test_a_line_of_the_index_survives_the_round_trip(store: Path) -> None:
-    for case, line in zip(Store(store).cases, (store / "index.jsonl").read_text().splitlines(), strict=True):
+    for case, line in zip(
+        Store(store).cases, (store / "index.jsonl").read_text(encoding="utf-8").splitlines(), strict=True
+    ):
         assert Case.from_line(line) == case
         assert case.as_line() == line
 
@@ -155,14 +157,14 @@ def test_what_is_no_store_or_not_finished_is_said(store: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("line", ["{", "[]", "{}", '{"id": "x", "colour": "red"}', '{"foreground": [[1, 2]]}'])
 def test_broken_line_of_the_index_is_named(store: Path, line: str) -> None:
-    with open(store / "index.jsonl", "a") as index:
+    with open(store / "index.jsonl", "a", encoding="utf-8") as index:
         index.write(line + "\n")
     with pytest.raises(UserError, match=r"index\.jsonl, line 4, cannot be read"):
         Store(store)
 
 
 def test_store_of_a_later_format_is_refused(store: Path) -> None:
-    settings = json.loads((store / "store.json").read_text())
+    settings = json.loads((store / "store.json").read_text(encoding="utf-8"))
     (store / "store.json").write_text(json.dumps({**settings, "format": 2}))
     with pytest.raises(UserError, match="has format 2, this version reads 1"):
         Store(store)

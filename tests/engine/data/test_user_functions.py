@@ -29,7 +29,9 @@ def documented(monkeypatch: pytest.MonkeyPatch) -> str:
     """The module of docs/views.md, as a user would write it into a file."""
     page = Path(__file__).parents[3] / "docs" / "views.md"
     (script,) = [
-        each for each in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if "def stripes" in each
+        each
+        for each in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        if "def stripes" in each
     ]
     module = types.ModuleType("documented_changes")
     exec(compile(script, "views.md", "exec"), module.__dict__)

@@ -47,7 +47,7 @@ def test_it_learns_and_both_arms_share_everything_but_the_weights(weights: Path,
         assert set(line["dice"]["classes"]) == {"2", "5"}
     assert pretrained["loss"]["first"] != scratch["loss"]["first"]
 
-    lines = (weights.parent / "finetune" / "finetune.jsonl").read_text().splitlines()
+    lines = (weights.parent / "finetune" / "finetune.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [pretrained, scratch]
 
 

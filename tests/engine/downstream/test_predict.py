@@ -153,7 +153,7 @@ def test_bad_files_are_named_and_the_others_are_predicted(
     (raw / "broken.nii.gz").write_bytes(whole[: len(whole) // 2])
     summary = run(thresholds, raw, out, progress=True)
     assert (summary.predicted, summary.exit_code) == (2, 1)
-    [line] = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    [line] = [json.loads(line) for line in (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
     assert line["file"] == "broken.nii.gz"
     assert "truncated" in line["reason"]
     assert "rejected: broken.nii.gz: truncated" in capsys.readouterr().err
@@ -190,7 +190,7 @@ def test_files_of_unknown_origin_are_kept_unless_forced(thresholds: Path, tmp_pa
         (out / name).write_text("of somebody")
         with pytest.raises(UserError, match=rf"{name} exists and is not known .* --force"):
             run(thresholds, raw, out)
-        assert (out / name).read_text() == "of somebody"
+        assert (out / name).read_text(encoding="utf-8") == "of somebody"
         (out / name).unlink()
     with pytest.raises(UserError, match=r"raw: is the folder of the images"):
         run(thresholds, raw, raw, force=True)
@@ -322,7 +322,7 @@ def test_the_command_line_says_what_was_done_and_ends_with_one_for_a_bad_file(th
     write(raw, "a.nii.gz")
     said = CliRunner().invoke(app, ["predict", str(thresholds), str(raw), str(out), "--mirror", "d,w", "--no-surface"])
     assert (said.exit_code, said.stdout) == (0, "1 predicted, 0 kept from before, 0 rejected\n")
-    assert json.loads((out / "predict.json").read_text())["mirror"] == "d,w"
+    assert json.loads((out / "predict.json").read_text(encoding="utf-8"))["mirror"] == "d,w"
     (raw / "b.nii.gz").write_text("no image")
     said = CliRunner().invoke(app, ["predict", str(thresholds), str(raw), str(out), "--mirror", "d,w"])
     assert (said.exit_code, said.stdout) == (1, "0 predicted, 1 kept from before, 1 rejected\n")

@@ -35,7 +35,7 @@ def test_the_card_says_where_the_weights_come_from_and_names_no_path(
 ) -> None:
     file = tmp_path / "out" / NAMES[to]
     export(run, to, file)
-    text = file.with_name(f"{file.name}.json").read_text()
+    text = file.with_name(f"{file.name}.json").read_text(encoding="utf-8")
     card = json.loads(text)
     said = card["pretraining"]
     assert (said["method"], said["recipe"], said["step"], said["commit"]) == ("pcl", "pcl-tiny", 3, "abc")
@@ -58,10 +58,10 @@ def test_a_bundle_names_no_path_of_this_machine(run: Path, tmp_path: Path) -> No
     done = export(run, "monai", tmp_path / "bundle")
     for file in done.files:
         if file.suffix != ".pt":
-            assert str(tmp_path) not in file.read_text(), file
-    readme = (tmp_path / "bundle" / "docs" / "README.md").read_text()
+            assert str(tmp_path) not in file.read_text(encoding="utf-8"), file
+    readme = (tmp_path / "bundle" / "docs" / "README.md").read_text(encoding="utf-8")
     assert "It needs the packages\nmonai and dynamic-network-architectures." in readme
-    assert json.loads((tmp_path / "bundle" / "docs" / "card.json").read_text())["file"] == "model.pt"
+    assert json.loads((tmp_path / "bundle" / "docs" / "card.json").read_text(encoding="utf-8"))["file"] == "model.pt"
 
 
 def test_the_description_is_of_the_cases_that_are_trained_on(run: Path, tiny_store: Path) -> None:

@@ -25,7 +25,7 @@ NAMES = {"nnunet": "w.pth", "monai": "w.pt", "safetensors": "w.safetensors", "en
 
 
 def network_of_plans(plans: Path) -> torch.nn.Module:
-    [configuration] = json.loads(plans.read_text())["configurations"].values()
+    [configuration] = json.loads(plans.read_text(encoding="utf-8"))["configurations"].values()
     architecture = configuration["architecture"]
     kwargs, imported = architecture["arch_kwargs"], architecture["_kw_requires_import"]
     return get_network_from_plans(architecture["network_class_name"], kwargs, imported, 1, 5, True, True)
@@ -100,7 +100,7 @@ def test_a_decoder_that_was_not_trained_is_named_on_screen_and_in_the_card(tmp_p
     method = write_weights(tmp_path, "pcl")
     for to, name in NAMES.items():
         done = export(tmp_path, to, tmp_path / to / name)
-        card = json.loads((tmp_path / to / f"{name}.json").read_text())
+        card = json.loads((tmp_path / to / f"{name}.json").read_text(encoding="utf-8"))
         in_decoder = () if to == "encoder" else done.fit.filled
         assert done.fit.filled == in_decoder
         assert card["fit"]["filled"] == list(done.fit.filled)
@@ -121,7 +121,7 @@ def test_kernels_that_were_trained_without_their_skips_are_named(tmp_path: Path)
     write_weights(tmp_path, "pcrlv2")
     done = export(tmp_path, "safetensors", tmp_path / "w.safetensors")
     assert done.fit.partly == tuple(f"decoder.stages.{block}.convs.0.conv.weight" for block in range(2))
-    card = json.loads((tmp_path / "w.safetensors.json").read_text())
+    card = json.loads((tmp_path / "w.safetensors.json").read_text(encoding="utf-8"))
     assert card["fit"]["partly"] == list(done.fit.partly)
     assert "skips" in card["not_pretrained"]["partly"]
 
@@ -132,7 +132,7 @@ def test_the_encoder_alone_loads_strictly_into_an_encoder(name: str, tmp_path: P
     done = export(tmp_path, "encoder", tmp_path / "e.safetensors")
     expected = method.backbone.network.encoder.state_dict()
     torch.manual_seed(9)
-    other = network_of_definition(json.loads((tmp_path / "e.safetensors.json").read_text())["network"])
+    other = network_of_definition(json.loads((tmp_path / "e.safetensors.json").read_text(encoding="utf-8"))["network"])
     load_model(other.encoder, tmp_path / "e.safetensors")  # strict; shared tensors are stored once
     assert_equal_but_for(other.encoder.state_dict(), expected, "decoder")
     assert not done.fit.missing
@@ -239,7 +239,7 @@ def test_a_folder_of_something_else_is_never_replaced_by_a_bundle(tmp_path: Path
     (tmp_path / "thesis" / "chapter.tex").write_text("years")
     with pytest.raises(UserError, match="holds something else than a bundle of voxtrast's"):
         export(tmp_path / "run", "monai", tmp_path / "thesis", force=True)
-    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years"
+    assert (tmp_path / "thesis" / "chapter.tex").read_text(encoding="utf-8") == "years"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; a bundle is a folder"):
         export(tmp_path / "run", "monai", tmp_path / "file", force=True)

@@ -66,7 +66,7 @@ def test_nnunet_builds_the_network_from_the_plans_and_loads_every_key(name: str,
     ours = pretrained_run(tmp_path / "run", config)
     export(tmp_path / "run", "nnunet", tmp_path / "out" / "weights.pth")
 
-    snippet = json.loads((tmp_path / "out" / "weights.plans.json").read_text())
+    snippet = json.loads((tmp_path / "out" / "weights.plans.json").read_text(encoding="utf-8"))
     dimensions = config.dimensions
     inherited = {"data_identifier": "nnUNetPlans", "patch_size": [7] * dimensions, "architecture": {}}
     plans = {"configurations": {"2d" if dimensions == 2 else "3d_fullres": inherited, **snippet["configurations"]}}

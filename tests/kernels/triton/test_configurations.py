@@ -21,7 +21,7 @@ COMPILING = Path(__file__).with_name("compiling.py")
 
 
 def table() -> dict[str, dict[str, Configuration]]:
-    read = json.loads(TABLE.read_text())
+    read = json.loads(TABLE.read_text(encoding="utf-8"))
     return {name: {key: Configuration(**entry) for key, entry in entries.items()} for name, entries in read.items()}
 
 
@@ -106,7 +106,7 @@ def test_tuning_measures_what_its_table_lacks_and_remembers(tmp_path: Path, monk
     arguments = ("sums", torch.bfloat16, 64, 4096, torch.device("cpu"))
     fastest = [each for each, time in times.items() if time == 0.0]
     assert [choose(*arguments, lambda each: each)] == fastest
-    assert list(json.loads(file.read_text())["80"]) == ["sums, 16 bit, 64 channels"]
+    assert list(json.loads(file.read_text(encoding="utf-8"))["80"]) == ["sums, 16 bit, 64 channels"]
     assert [choose(*arguments, pytest.fail)] == fastest
 
 
