@@ -88,10 +88,8 @@ def batches_for(run: LoadedRun) -> list[Batch]:
 def row_of(path: Path) -> dict[str, Any]:
     """Raises: UserError where the folder holds no run with a checkpoint."""
     run = load_run(path)
-    config, log = (
-        run.config,
-        [json.loads(line) for line in (path / "log.jsonl").read_text(encoding="utf-8").splitlines()],
-    )
+    config = run.config
+    log = [json.loads(line) for line in (path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     batches = batches_for(run)
     before, after = spread(build_method(config), batches, 0), spread(run.method, batches, run.step)
     views = run.method.views.views

@@ -72,7 +72,8 @@ def test_the_instruction_set_that_is_asked_for_is_what_is_said(
         monkeypatch.delenv("VOXTRAST_CPU", raising=False)
     else:
         monkeypatch.setenv("VOXTRAST_CPU", wanted)
-    monkeypatch.setattr("builtins.open", lambda name: io.StringIO(f"processor: 0\nflags\t: sse {' '.join(flags)}\n"))
+    text = f"processor: 0\nflags\t: sse {' '.join(flags)}\n"
+    monkeypatch.setattr("builtins.open", lambda name, encoding: io.StringIO(text))
     assert cpu_path() == path
 
 
