@@ -6,6 +6,7 @@ same run.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -156,9 +157,14 @@ def peak_memory_mb(module: str, op: str, case: Case, provider: str) -> float | N
 def append(lines: Iterable[dict[str, Any]], file: Path) -> None:
     """Adds lines to a results file; nothing in it is ever changed."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as stream:
-        for line in lines:
-            stream.write(json.dumps(line) + "\n")
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    with file.open("a+b", buffering=0) as stream:
+        stream.seek(0, os.SEEK_END)
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            text = text if stream.read(1) == b"\n" else f"\n{text}"  # after a line that was cut off
+        stream.write(text.encode())
+        os.fsync(stream.fileno())
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -38,8 +38,9 @@ from voxtrast.engine.weights import RUN_WEIGHTS, load_weights
 
 from .harness import append
 from .label_plan import Job, Plan, Task, pretraining, read_plan, setting
-from .label_results import KEY, plot, read, tables
+from .label_results import KEY, of_plan, plot, read, tables
 from .machine import machine, results_file
+from .place import Place
 
 Line = dict[str, Any]
 POLL_S = 0.5
@@ -144,7 +145,7 @@ def run(bench: Bench, jobs: Sequence[Job], hours: float) -> list[Job]:
     pretrained = {job for job in jobs if job.kind == "pretrain"} - set(waiting)
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done", file=sys.stderr)
     failed: list[Job] = []
-    with _alone(bench.into), tempfile.TemporaryDirectory() as folder, _processes() as running:
+    with _alone(bench.into) as lock, tempfile.TemporaryDirectory() as folder, _processes() as running:
         while waiting or running:
             for job in list(running):
                 if running[job].poll() is not None:
@@ -159,7 +160,7 @@ def run(bench: Bench, jobs: Sequence[Job], hours: float) -> list[Job]:
             if ready and not late and len(running) < bench.workers:
                 job = ready[0]
                 waiting.remove(job)
-                running[job] = _start(bench, job, Path(folder))
+                running[job] = _start(bench, job, Path(folder), lock)
                 continue
             time.sleep(POLL_S)
     return failed
@@ -169,13 +170,19 @@ def _result(folder: str | Path, job: Job) -> Path:
     return Path(folder) / f"{job.kind}-{job.task}-{job.arm}-{job.labels}-{job.seed}.json"
 
 
-def _start(bench: Bench, job: Job, folder: Path) -> subprocess.Popen[bytes]:
+def _start(bench: Bench, job: Job, folder: Path, lock: int) -> subprocess.Popen[bytes]:
     environment = os.environ | {"OMP_NUM_THREADS": str(bench.threads), "OMP_WAIT_POLICY": "passive"}
     log = bench.into / "logs"
     log.mkdir(parents=True, exist_ok=True)
     with (log / f"{_result('', job).stem}.txt").open("ab") as said:
+        # It holds the lock as well: should this process be killed, nobody else begins until it has ended.
         return subprocess.Popen(
-            bench.command(job, _result(folder, job)), env=environment, stdout=said, stderr=said, start_new_session=True
+            bench.command(job, _result(folder, job)),
+            env=environment,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+            pass_fds=(lock,),
         )
 
 
@@ -196,14 +203,15 @@ def _finish(bench: Bench, job: Job, code: int, result: Path, failed: list[Job]) 
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path) -> Iterator[int]:
+    """The descriptor of the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{folder}: in use by another run of this benchmark; wait for it or stop it") from None
-        yield
+        yield lock.fileno()
 
 
 @contextmanager
@@ -214,11 +222,15 @@ def _processes() -> Iterator[dict[Job, subprocess.Popen[bytes]]]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield running
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         for process in running.values():
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
@@ -243,28 +255,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="PICTURE", help="draw Dice against labels")
     chosen = parser.parse_args(arguments)
     try:
+        plan = read_plan(chosen.plan)
         if chosen.table:
             lines, failed = read(chosen.table), []
         else:
-            bench, jobs = _set_up(chosen)
+            bench, jobs = _set_up(chosen, plan)
             failed = run(bench, jobs, chosen.hours)
             lines = read([bench.file]) if bench.file.is_file() else []
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    lines = of_plan(lines, plan)
     print(tables(lines))
     if chosen.plot:
         plot(lines, chosen.plot)
     return 1 if failed else 0
 
 
-def _set_up(chosen: argparse.Namespace) -> tuple[Bench, list[Job]]:
+def _set_up(chosen: argparse.Namespace, plan: Plan) -> tuple[Bench, list[Job]]:
     data = chosen.data or (Path(os.environ["VOXTRAST_DATA"]) if "VOXTRAST_DATA" in os.environ else None)
     if data is None or chosen.into is None:
         raise UserError("--data and --into: expected the folder of the data sets, and one for stores and weights")
     if chosen.workers < 1 or chosen.hours <= 0:
         raise UserError(f"--workers {chosen.workers}, --hours {chosen.hours}: expected positive numbers")
-    plan = read_plan(chosen.plan)
     tasks = chosen.tasks.split(",") if chosen.tasks else list(plan.tasks)
     for name in tasks:
         if name not in plan.tasks:
@@ -272,7 +285,11 @@ def _set_up(chosen: argparse.Namespace) -> tuple[Bench, list[Job]]:
     device = chosen.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    file = results_file(chosen.output, machine()["device"]) if chosen.output else chosen.into / "results.jsonl"
+    file = (
+        results_file(chosen.output, machine(Place(torch.device(device), torch.float32))["device"])
+        if chosen.output
+        else chosen.into / "results.jsonl"
+    )
     bench = Bench(plan, chosen.plan, chosen.into.resolve(), file, chosen.transductive, device, chosen.workers)
     prepare_stores(bench, data, tasks)
     return bench, [job for job in plan.jobs() if job.task in tasks]

@@ -17,6 +17,7 @@ from voxtrast.methods.backbone import BackboneConfig, build_network, transferabl
 
 from .label_plan import PLATEAU, Job, Plan, Task, read_plan
 from .machine import machine
+from .place import Place
 from .voxel_probes import probe
 
 # Of a fine-tuning's line: what it computed, without the paths and names of this machine.
@@ -55,6 +56,7 @@ def told_of(run: Path) -> dict[str, Any]:
     description = load_weights(run / RUN_WEIGHTS)[1]
     lines = [json.loads(text) for text in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     batch = load_batch(run)
+    losses = [line["loss"] for line in lines[-10:] if line["loss"] is not None]  # null where it was not finite
     seconds = [batch / line["samples_per_second"] for line in lines]
     return {
         "recipe": description["recipe"],
@@ -62,7 +64,7 @@ def told_of(run: Path) -> dict[str, Any]:
         "samples": batch * description["step"],
         "seconds": round(sum(seconds), 1),
         "median_step_s": round(statistics.median(seconds), 4),
-        "loss": {"first": lines[0]["loss"], "last": statistics.mean(line["loss"] for line in lines[-10:])},
+        "loss": {"first": lines[0]["loss"], "last": statistics.mean(losses) if losses else None},
         "untrained": len(description.get("untrained", [])),
     }
 
@@ -79,8 +81,8 @@ def main(about: dict[str, Any]) -> None:
     plan = read_plan(Path(about["plan"]) if about["plan"] else None)
     task, store = plan.tasks[job.task], Path(about["store"])
     run = Path(about["pretrained"]) if about["pretrained"] else None
-    line: dict[str, Any] = {**machine(), "kind": job.kind, "task": job.task, "arm": job.arm, "labels": job.labels,
-                            "seed": job.seed}  # fmt: skip
+    place = Place(torch.device(about["device"]), torch.float32)
+    line: dict[str, Any] = {**machine(place), **vars(job)}
     if run:
         line["pretraining"] = told_of(run)
     if job.kind == "finetune":

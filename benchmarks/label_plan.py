@@ -82,16 +82,17 @@ class Job:
 
 
 def pretraining(plan: Plan, job: Job, transductive: bool) -> str:
-    """Checksum of all that decides an arm's weights but recipe and code; the same for all arms that have none."""
+    """Checksum of all that decides an arm's weights but code and volumes; the same for all arms that have none."""
     if job.arm in (SCRATCH, PLATEAU):
         return "none"
     task = plan.tasks[job.task]
     seen = [task.data, task.spacing_mm, 0 if transductive else task.test_cases]
-    return _checksum([job.arm, seen, plan.words(task, job.arm)])
+    recipe = resources.files("voxtrast.methods") / "recipes" / f"{job.arm}-tiny.yaml"
+    return _checksum([job.arm, yaml.safe_load(recipe.read_text(encoding="utf-8")), seen, plan.words(task, job.arm)])
 
 
 def setting(plan: Plan, job: Job, transductive: bool) -> str:
-    """Checksum of all that decides a result but the code: lines of another setting are no result of this plan."""
+    """Checksum of all that decides a result but code and volumes: lines of another setting are not of this plan."""
     task = asdict(plan.tasks[job.task])
     task.pop("pretrain")
     if job.arm != PLATEAU:

@@ -1,6 +1,7 @@
 """Tables and plots from the lines of the label-efficiency benchmark."""
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from voxtrast.engine.downstream.table import paired_difference
 from voxtrast.engine.errors import UserError
 
-from .label_plan import PLATEAU, SCRATCH
+from .label_plan import PLATEAU, SCRATCH, Plan, setting
 from .voxel_probes import PARTS, RIGHT_VOXELS
 
 Line = dict[str, Any]
@@ -22,10 +23,10 @@ COST = ("arm", "steps", "samples", "pretraining, min", "loss", "tensors not reac
 
 
 def read(files: Iterable[Path]) -> list[Line]:
-    """The lines of the benchmark in these files; other lines are passed over. A run that is there twice counts once,
-    the last time.
+    """The lines of the benchmark in these files; other lines are passed over, and those that were cut off. A run that
+    is there twice counts once, the last time.
 
-    Raises: UserError for a missing file or a broken line.
+    Raises: UserError for a missing file.
     """
     found: dict[tuple[Any, ...], Line] = {}
     for file in files:
@@ -38,11 +39,33 @@ def read(files: Iterable[Path]) -> list[Line]:
         for number, text in enumerate(texts, 1):
             try:
                 line = json.loads(text)
-            except json.JSONDecodeError:
-                raise UserError(f"{file}, line {number}: no JSON; remove the line") from None
+            except json.JSONDecodeError:  # of a run that was cut off while it wrote: it is made again
+                print(f"{file}, line {number}: cut off, passed over", file=sys.stderr)
+                continue
             if line.get("kind") in ("finetune", "probe"):
                 found[tuple(line[name] for name in KEY)] = line
     return list(found.values())
+
+
+def of_plan(lines: Sequence[Line], plan: Plan) -> list[Line]:
+    """Those that were made under the plan as it is now; how many were not is said."""
+    keys = {
+        (job.kind, job.task, job.arm, job.labels, job.seed, setting(plan, job, transductive))
+        for job in plan.jobs()
+        for transductive in (False, True)
+    }
+    kept = [line for line in lines if tuple(line[name] for name in KEY) in keys]
+    if len(kept) < len(lines):
+        print(f"{len(lines) - len(kept)} lines of other settings than the plan's are left out", file=sys.stderr)
+    return kept
+
+
+def _seen(lines: Sequence[Line], transductive: bool) -> list[Line]:
+    """Arms whose pretraining saw the test images, or not; those without pretraining are of both."""
+    mine = [line for line in lines if line["arm"] not in (SCRATCH, PLATEAU) and line["transductive"] == transductive]
+    if transductive and not mine:
+        return []
+    return [line for line in lines if line["arm"] in (SCRATCH, PLATEAU)] + mine
 
 
 def tables(lines: Sequence[Line]) -> str:
@@ -52,7 +75,7 @@ def tables(lines: Sequence[Line]) -> str:
     parts = []
     for task in dict.fromkeys(line["task"] for line in lines):
         for transductive in (False, True):
-            mine = [line for line in lines if line["task"] == task and bool(line["transductive"]) == transductive]
+            mine = _seen([line for line in lines if line["task"] == task], transductive)
             if mine:
                 seen = "their images were pretrained on" if transductive else "held aside from pretraining"
                 parts.append(f"### {task}\n\n{_about(mine)}; test cases: {seen}.")
@@ -102,8 +125,8 @@ def _tuned_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
                 continue
             means = [run["dice"]["mean"] for run in runs.values()]
             spread = f" ± {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
-            classes = {key: np.mean([run["dice"]["classes"][key] for run in runs.values()]) for key in
-                       next(iter(runs.values()))["dice"]["classes"]}  # fmt: skip
+            names = next(iter(runs.values()))["dice"]["classes"]
+            classes = {key: _mean(run["dice"]["classes"][key] for run in runs.values()) for key in names}
             compared = [_difference(runs, runs_of(lines, labels, base)) if arm != base else ("", "")
                         for base in BASELINES]  # fmt: skip
             rows.append(
@@ -112,12 +135,18 @@ def _tuned_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
                     arm,
                     str(len(runs)),
                     f"{np.mean(means):.3f}{spread}",
-                    ", ".join(f"{key}: {value:.2f}" for key, value in classes.items()),
+                    ", ".join(f"{key}: {value:.2f}" for key, value in classes.items() if value is not None),
                     *compared[0],
                     compared[1][0],
                 )
             )
     return rows
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of what is there: a class that no test case has got no number."""
+    there = [value for value in values if value is not None]
+    return float(np.mean(there)) if there else None
 
 
 def _difference(runs: dict[int, Line], base: dict[int, Line]) -> tuple[str, str]:
@@ -156,7 +185,7 @@ def _cost_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
             str(about["steps"]),
             str(about["samples"]),
             f"{about['seconds'] / 60:.1f}",
-            f"{about['loss']['first']:.3g} to {about['loss']['last']:.3g}",
+            " to ".join("-" if each is None else f"{each:.3g}" for each in about["loss"].values()),
             str(about["untrained"]),
         )
         for arm, about in ((arm, told[arm]) for arm in arms_of(lines) if arm in told)
@@ -175,7 +204,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     """Dice against the number of labels, mean and standard deviation over seeds, a panel a task."""
     from matplotlib.figure import Figure
 
-    tuned = [line for line in lines if line["kind"] == "finetune" and not line["transductive"]]
+    tuned = [line for line in _seen(lines, False) if line["kind"] == "finetune"]
     names = list(dict.fromkeys(line["task"] for line in tuned))
     figure = Figure(figsize=(6.5 * max(1, len(names)), 5), layout="constrained")
     every = arms_of(tuned)

@@ -72,8 +72,17 @@ def features(backbone: Backbone, image: Tensor, part: str) -> Tensor:
     padded = functional.pad(image, [pad for side in reversed(missing) for pad in (0, side)], mode="replicate")
     encoder_maps, decoder_maps = backbone(padded)
     maps = encoder_maps if part == "encoder" else [*encoder_maps, *decoder_maps[1:]]  # the first is the bottleneck
-    whole = [functional.interpolate(each, size=padded.shape[2:], mode="trilinear") for each in maps]
+    whole = [enlarged(each, padded.shape[2] // each.shape[2]) for each in maps]
     return torch.cat(whole, dim=1)[0][:, : size[0], : size[1], : size[2]]
+
+
+def enlarged(features: Tensor, stride: int) -> Tensor:
+    """A map at full resolution. Its vector i is that of voxel stride * i: strided convolutions of three voxels are
+    centred there, not in the middle of the cell."""
+    padded = functional.pad(features, (0, 1) * 3, mode="replicate")
+    size = [(length - 1) * stride + 1 for length in padded.shape[2:]]
+    whole = functional.interpolate(padded, size=size, mode="trilinear", align_corners=True)
+    return whole[:, :, :-1, :-1, :-1]
 
 
 def linear(backbone: Backbone, part: str, task: Task, store: Store, seed: int) -> dict[str, Any]:

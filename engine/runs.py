@@ -65,7 +65,7 @@ def describe(config: Config, cases: Sequence[Case]) -> dict[str, Any]:
     return {
         "format": 1,
         "method": config.method.name,
-        "recipe": config.recipe,
+        "recipe": Path(config.recipe).name,  # of one's own: without the folders that it lies in
         "backbone": config.backbone.to_dict(),
         "crop": list(config.views.crop),
         "spacing_mm": list(spacings.pop()) if len(spacings) == 1 else None,

@@ -23,6 +23,7 @@ from .errors import UserError
 
 METADATA_KEY = "voxtrast"
 FORMAT = 1
+SEGMENTATION = "segmentation"  # the `kind` of a fine-tuned model; pretrained weights have none
 RUN_WEIGHTS = "weights.safetensors"
 _ALIASES = "aliases"  # inside the JSON: a second metadata key would make the header's byte order a matter of chance
 

@@ -69,14 +69,14 @@ class Mae(Method):
 
     def exchange(self, batches: list[Batch], step: int) -> None:
         parts = len(batches) * rank_and_size(self.group)[1]
-        shown = self.draw(parts * len(batches[0]["x"]), step)
+        shown = self.draw(parts * len(batches[0]["x"]), self._when(step))
         for part, batch in enumerate(batches):
             batch["shown"] = own_part(shown, part, len(batches), self.group).to(batch["x"].device)
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         image = batch["x"]
         # Without an exchange this batch is the whole one.
-        shown = batch["shown"] if "shown" in batch else self.draw(len(image), step).to(image.device)
+        shown = batch["shown"] if "shown" in batch else self.draw(len(image), self._when(step)).to(image.device)
         restored, _ = self._restore(image, shown)
         hidden = ~shown.expand_as(image)
         target = image[hidden].to(restored.dtype)
@@ -87,6 +87,10 @@ class Mae(Method):
             "loss_over_mean": losses["restorative"].detach() / spread.clamp(min=1e-12),  # 1: no better than the mean
         }
         return {name: weight * losses[name] for name, weight in self.weights(step).items()}
+
+    def _when(self, step: int) -> int:
+        """Validation hides the same blocks each time."""
+        return step if self.training else 0
 
     def draw(self, samples: int, step: int, size: Sequence[int] | None = None) -> Tensor:
         """Which voxels are shown: (samples, 1, *S) of bool, equally many blocks of each sample.

@@ -1,6 +1,8 @@
 """For all tests; what only some need is imported where it is used: the kernels are tested with torch alone, too."""
 
+import locale
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,14 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
+
+
+@pytest.fixture(autouse=True)
+def keep_locale() -> Iterator[None]:
+    """ITK leaves the C locale behind after some damaged files: ASCII, for every test that follows."""
+    spoken = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, spoken)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import locale
 import math
 import os
 import time
@@ -22,6 +21,7 @@ from .nnssl import of_collection
 from .normalise import CT_WINDOW_HU, MR_PERCENTILES
 from .preparation import Preparation, Work
 from .progress import Progress
+from .reading import keep_locale
 from .resampling import ORDERS
 from .sharding import (
     PART,
@@ -200,9 +200,8 @@ def _run(
     """`begin` is the first thing done with the store locked, `finish` the last."""
     started = time.monotonic()
     target = preparation.target
-    spoken = locale.setlocale(locale.LC_ALL)
     try:
-        with _claimed(target, preparation.settings):
+        with keep_locale(), _claimed(target, preparation.settings):
             try:
                 begin()
                 preparation.run()
@@ -212,9 +211,6 @@ def _run(
     except StoreWriteError as error:
         kept = f"{len(preparation.known)} volumes are in the store and stay"
         raise UserError(f"cannot write to the store: {error.detail}; {kept}: {_remedy(error.number)}") from error
-    finally:
-        # GDCM leaves the C locale behind after some damaged files, and with it ASCII for whatever opens a text next.
-        locale.setlocale(locale.LC_ALL, spoken)
     done = preparation
     modalities = [(kind, sum(case.modality == kind for case in done.cases)) for kind in ("ct", "mr")]
     return PrepareSummary(

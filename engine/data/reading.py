@@ -5,9 +5,11 @@ indices increasing toward superior, anterior, right, and an affine (d, h, w, 1) 
 """
 
 import contextlib
+import locale
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +45,16 @@ class FileGrid:
     spacing_mm: tuple[float, ...]
     origin_mm: tuple[float, ...]
     direction: tuple[float, ...]
+
+
+@contextlib.contextmanager
+def keep_locale() -> Iterator[None]:
+    """GDCM leaves the C locale behind after some damaged files, and with it ASCII for whatever opens a text next."""
+    spoken = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, spoken)
 
 
 def read_volume(files: list[Path], dicom: bool) -> Volume:

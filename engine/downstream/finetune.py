@@ -20,10 +20,10 @@ from torch import nn
 from ...methods.backbone import BackboneConfig, build_network
 from ..data.store import INDEX, Store, file_sha256
 from ..errors import UserError
-from ..weights import find_weights, first_few, load_into, load_weights
+from ..weights import SEGMENTATION, find_weights, first_few, load_into, load_weights
 from .cases import choose_crop, draw_cases, read_case
 from .evaluation import evaluate
-from .inference import OVERLAP, check_overlap, find_device, mirror_axes
+from .inference import OVERLAP, check_mirrored, check_overlap, find_device, mirror_axes
 from .model import save_model
 from .scoring import distances, in_words, summarise
 from .training import Budget, train
@@ -90,6 +90,8 @@ def finetune(
     started = time.perf_counter()
     source = find_weights(weights)
     tensors, description = load_weights(source)
+    if description.get("kind") == SEGMENTATION:
+        raise UserError(f"{source}: is a fine-tuned model; give the weights of a pretraining")
     config = _backbone(source, description)
     data = Store(Path(store))
     split = draw_cases(data, labels=labels, seed=seed, test_cases=test_cases)
@@ -107,6 +109,7 @@ def finetune(
         raise UserError("--from-scratch has no pretrained tensors: leave --freeze, --layer-decay and --head-warmup out")
     check_overlap(overlap)
     axes = mirror_axes(mirror)
+    check_mirrored(axes, flips)
     console = Console(stderr=True, quiet=not progress)
     if crop is not None and tuple(crop) != budget.crop:
         console.print(f"crop {tuple(crop)} rounded up to {budget.crop}: multiples of {config.stride}")
@@ -144,6 +147,9 @@ def finetune(
             plan=plan,
         )
         training_seconds = time.perf_counter() - training_started
+        run = {"arm": arm, "labels": labels, "seed": seed}
+        settings = [file_sha256(source), file_sha256(data.path / INDEX), asdict(budget), asdict(tuning)]
+        model = save_model(folder, network, data, split.classes, budget, description, run, settings)
         task_test = bars.add_task("test", total=len(split.test), note="")
         results = evaluate(
             network,
@@ -157,9 +163,6 @@ def finetune(
             surface=surface,
         )
 
-    model = folder / f"{arm}-labels{labels}-seed{seed}.safetensors"
-    run = {"arm": arm, "labels": labels, "seed": seed}
-    save_model(model, network, data, split.classes, budget, description, run)
     line = {
         **run,
         **asdict(budget),
@@ -185,6 +188,7 @@ def finetune(
         "store": str(store),
         "store_sha256": file_sha256(data.path / INDEX),
         "model": str(model),
+        "model_sha256": file_sha256(model),
         "device": str(target),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in VERSIONS},

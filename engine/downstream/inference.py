@@ -90,6 +90,15 @@ def mirror_axes(text: str) -> tuple[int, ...]:
     return tuple(sorted(AXES.index(each) for each in letters))
 
 
+def check_mirrored(axes: tuple[int, ...], flips: bool) -> None:
+    """Raises: UserError where a network that never saw a mirrored image would have to look at some."""
+    if axes and not flips:
+        raise UserError(
+            "--mirror: the network was trained without --flips, and takes left for right in a mirrored image; leave "
+            "--mirror out, or fine-tune with --flips where the classes have no sides"
+        )
+
+
 def check_overlap(overlap: float) -> None:
     """Raises: UserError."""
     if not 0 <= overlap < 1:

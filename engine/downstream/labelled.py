@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..data.discovery import FIRST_CHANNEL, LABEL_ENDING, Source, scan, stem, unique_id
+from ..data.headers import check_regular
 from ..data.reading import read_label, read_volume
 from ..data.rejection import RejectedError
 from ..data.store import write_lines
@@ -30,13 +32,18 @@ def find_labels(folder: Path, sources: Sequence[Source], output: Path) -> dict[s
     if output.exists() and folder.samefile(output):
         raise UserError(f"--labels {folder}: is the folder of the predictions; give that of the labels to compare with")
     tree = scan(folder, output)
+    images = {os.path.realpath(file) for source in sources for file in source.files}
     files: dict[str, Path] = {}
-    for name in sorted([*tree.images, *tree.labels]):
-        key = stem(name).removeprefix(f"{tree.images_folder}/").removeprefix(f"{tree.labels_folder}/")
-        own = unique_id(key.removesuffix(LABEL_ENDING), name, set())
-        if own in files:
-            raise UserError(f"--labels {folder}: {files[own].name} and {name} are labels of one image; remove one")
-        files[own] = folder / name
+    for names in (tree.labels, tree.images):  # what lies beside labels is images, and else the labels themselves
+        known = set(files)
+        for name in sorted(names):
+            key = stem(name).removeprefix(f"{tree.images_folder}/").removeprefix(f"{tree.labels_folder}/")
+            own = unique_id(key.removesuffix(LABEL_ENDING), name, set())
+            if own in known or os.path.realpath(folder / name) in images:
+                continue
+            if own in files:
+                raise UserError(f"--labels {folder}: {files[own]} and {name} are labels of one image; move one away")
+            files[own] = folder / name
     found = {}
     for source in sources:
         names = [each for each in (source.id, source.id.removesuffix(FIRST_CHANNEL)) if each in files]
@@ -56,14 +63,22 @@ def score_files(prediction: Path, label: Path, classes: tuple[int, ...], surface
     Raises: RejectedError where one of the two cannot be read, where they lie on different grids, or where the label
         holds values that are not in `classes`.
     """
-    found = read_volume([prediction], dicom=False)
-    wanted = read_label(label, found)
+    check_regular(label)
+    try:
+        found = read_volume([prediction], dicom=False)
+        wanted = read_label(label, found)
+    except (OSError, RuntimeError) as error:  # SimpleITK's own are RuntimeErrors
+        raise RejectedError(f"cannot be read ({str(error).splitlines()[0]})", "repair or remove it") from error
     unknown = sorted(set(np.unique(wanted).tolist()) - set(classes))
     if unknown:
         reason = f"the label holds the values {unknown[:5]}, the model knows {list(classes)}"
         raise RejectedError(reason, "number its classes as in the store that the model was trained on")
     first, second = (np.searchsorted(classes, values).astype(np.uint16) for values in (found.values, wanted))
-    return score(first, second, classes, found.spacing_mm.tolist(), surface)
+    try:
+        return score(first, second, classes, found.spacing_mm.tolist(), surface)
+    except (MemoryError, RuntimeError) as error:  # torch's allocator, and its limit on what it sorts
+        reason = f"cannot be scored ({(str(error).splitlines() or ['memory ran out'])[0]})"
+        raise RejectedError(reason, "use --no-surface, or a machine with more memory") from error
 
 
 def write_scores(file: Path, results: Sequence[dict[str, Any]]) -> None:

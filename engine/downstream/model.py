@@ -1,5 +1,7 @@
 """A fine-tuned network as one file, with all that predicting on new images needs."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,10 +13,9 @@ from ...methods.backbone import BackboneConfig, architecture_of, build_network
 from ..data.normalise import CT_WINDOW_HU, MR_PERCENTILES
 from ..data.store import Store
 from ..errors import UserError
-from ..weights import FORMAT, copy_into, load_weights, save_weights
+from ..weights import FORMAT, SEGMENTATION, copy_into, load_weights, save_weights
 from .training import Budget
 
-KIND = "segmentation"
 # Of prepare's settings, what decides how a volume looks to the network.
 PREPARED_BY = ("spacing_mm", "modality", "dtype", "order")
 
@@ -25,23 +26,31 @@ class SegmentationModel:
     classes: tuple[int, ...]  # label values; class k of the network is classes[k]
     crop: tuple[int, int, int]  # of the sliding window, (D, H, W) voxels
     prepare: dict[str, Any]  # settings that its volumes were prepared with
+    flips: bool  # whether it was trained on mirrored crops
 
 
 def save_model(
-    path: Path,
+    folder: Path,
     network: nn.Module,
     store: Store,
     classes: tuple[int, ...],
     budget: Budget,
     description: dict[str, Any],
     run: dict[str, Any],
-) -> None:
-    """Writes a network that was trained on a store.
+    settings: list[Any],
+) -> Path:
+    """Writes a network that was trained on a store, and says where.
 
     Args:
+        folder: gets ARM-labelsN-seedS.safetensors; with a checksum behind it where that is a model of other settings.
         description: of the weights that it started from.
         run: arm, labels and seed.
+        settings: all else that made it; JSON values.
     """
+    made = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    path = folder / f"{run['arm']}-labels{run['labels']}-seed{run['seed']}.safetensors"
+    if path.exists() and _settings_of(path) != made:
+        path = path.with_name(f"{path.stem}-{made}.safetensors")
     doubled = architecture_of(network).second_names
     tensors = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(doubled)}
     spacings = {case.spacing_mm for case in store.cases}
@@ -50,20 +59,31 @@ def save_model(
         tensors,
         {
             "format": FORMAT,
-            "kind": KIND,
+            "kind": SEGMENTATION,
             "method": description.get("method"),
             "recipe": description.get("recipe"),
             "step": budget.steps,
             "backbone": description["backbone"],
             "version": version("voxtrast"),
             **run,
+            "settings": made,
             "classes": list(classes),
             "crop": list(budget.crop),
+            "flips": budget.flips,
             "spacing_mm": list(spacings.pop()) if len(spacings) == 1 else None,
             "prepare": store.settings,
             "modalities": sorted({case.modality for case in store.cases}),
         },
     )
+    return path
+
+
+def _settings_of(path: Path) -> str | None:
+    try:
+        found: str | None = load_weights(path)[1].get("settings")
+    except UserError:
+        return None
+    return found
 
 
 def find_model(path: Path | str) -> Path:
@@ -85,7 +105,7 @@ def load_model(path: Path) -> SegmentationModel:
         know.
     """
     tensors, description = load_weights(path)
-    if description.get("kind") != KIND:
+    if description.get("kind") != SEGMENTATION:
         raise UserError(
             f"{path}: holds pretrained weights and no segmentation layers; give a model that `voxtrast finetune` saved"
         )
@@ -111,7 +131,7 @@ def load_model(path: Path) -> SegmentationModel:
     if prepare["modality"] == "auto" and len(modalities) == 1:
         # A look at the values can take a cropped CT for MR; all that the network knows is of one modality.
         prepare["modality"] = modalities[0]
-    return SegmentationModel(network, classes, (depth, height, width), prepare)
+    return SegmentationModel(network, classes, (depth, height, width), prepare, bool(description.get("flips")))
 
 
 def _check_prepared(path: Path, prepare: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ of its own, so that a file which kills its reader costs itself alone. What is do
 where it was ended.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -16,25 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from rich.console import Console
 
 from ..data.discovery import DICOM_SUFFIXES, SUFFIXES, Source, scan, stem, unique_id
 from ..data.inventory import of_tree
 from ..data.progress import Progress
-from ..data.reading import FileGrid, write_label
+from ..data.reading import FileGrid, keep_locale
 from ..data.rejection import RejectedError, Rejection
 from ..data.resampling import isotropic_grid
-from ..data.store import REJECTED, VOLUMES, StoreWriteError, file_sha256, write_lines, write_rejected
+from ..data.store import VOLUMES, StoreWriteError, file_sha256, write_rejected
 from ..data.workers import Job, WorkerPool
 from ..errors import UserError
-from .inference import AXES, OVERLAP, check_overlap, find_device, mirror_axes, predict_logits
+from .inference import AXES, OVERLAP, check_mirrored, check_overlap, find_device, mirror_axes, predict_logits
 from .labelled import SCORES, find_labels, score_files, write_scores
 from .model import SegmentationModel, find_model, load_model
 from .original_grid import most_probable
+from .output_folder import OutputFolder
 from .scoring import distances, in_words, summarise
 
-SETTINGS = "predict.json"
+MORE_MEMORY = "use a machine with more of it, or a model of a coarser store"
+LOGIT_COPIES = 2  # the sum of the windows, and what is made of it
 WRITTEN_AS = {".nii": ".nii.gz", ".nhdr": ".nrrd", ".mhd": ".mha"}  # in one file, compressed; else as the image
 
 
@@ -58,6 +60,7 @@ class PredictSummary:
         return words + (f"; {in_words(self.scores)} on {self.scored} labelled cases" if self.scores else "")
 
 
+@keep_locale()
 def predict(
     model: Path | str,
     raw: Path | str,
@@ -101,14 +104,14 @@ def predict(
     label_files = {} if labels is None else find_labels(Path(labels), sources, output)
     files = {source.id: output / f"{source.id}{_suffix(source)}" for source in sources}
     _refuse_images(files, sources)
+    check_mirrored(axes, loaded.flips)
     settings = {
-        "format": 1,
         "model_sha256": file_sha256(path),
         "overlap": overlap,
         "mirror": ",".join(AXES[axis] for axis in axes),
     }
-    present = set() if force else _present(output, files, settings)
-    _begin(output, settings, [] if present else list(files.values()))
+    folder_of_labels = OutputFolder(output, settings, files, {source.id: source for source in sources}, force)
+    present = folder_of_labels.present
     console = Console(stderr=True, quiet=not progress)
     wanted = [source for source in sources if source.id not in present]
     predicted: set[str] = set()
@@ -117,6 +120,8 @@ def predict(
     def reject(name: str, error: RejectedError) -> None:
         rejected.append(Rejection(name, error.reason, error.remedy))
         console.print(f"rejected: {name}: {error.reason}: {error.remedy}", highlight=False, soft_wrap=True)
+        with _own_disk(output):
+            write_rejected(output, rejected)
 
     def one_by_one() -> Iterator[tuple[int, Job]]:
         with _workplace() as folder, WorkerPool(1, timeout_s) as pool:
@@ -124,13 +129,13 @@ def predict(
                 try:
                     image = _prepared(source, loaded, folder, pool)
                     classes = _segment(image, loaded, target, overlap, axes)
-                    _write(files[source.id], np.asarray(loaded.classes, kind)[classes], image.file_grid)
+                    folder_of_labels.write(source.id, np.asarray(loaded.classes, kind)[classes], image.file_grid)
                     predicted.add(source.id)
                 except RejectedError as error:
                     reject(source.name, error)
                 yield position, {}
 
-    with Progress(progress) as bars:
+    with folder_of_labels.locked(), Progress(progress) as bars:
         for _ in bars.follow("predicting", len(wanted), one_by_one()):
             pass
     results = []
@@ -204,14 +209,28 @@ def _prepared(source: Source, model: SegmentationModel, folder: Path, pool: Work
 def _segment(
     image: _Image, model: SegmentationModel, device: torch.device, overlap: float, mirror: tuple[int, ...]
 ) -> np.ndarray:
-    """(D, H, W) class indices on the file's grid."""
+    """(D, H, W) class indices on the file's grid. Raises: RejectedError where memory does not suffice."""
     values = torch.from_numpy(image.values)[None]
-    scores = predict_logits(model.network, values, model.crop, image.background, device, overlap=overlap, mirror=mirror)
-    # softmax in place: the logits of many classes are the largest thing in memory
-    scores.sub_(scores.amax(dim=0, keepdim=True)).exp_()
-    scores.div_(scores.sum(dim=0, keepdim=True))
-    grid = isotropic_grid(image.shape, image.spacing_mm, image.store_spacing_mm)
-    return most_probable(scores.numpy(), image.shape, grid)
+    needed = 4 * LOGIT_COPIES * len(model.classes) * image.values.size
+    available = psutil.virtual_memory().available
+    if needed > available:
+        reason = (
+            f"{len(model.classes)} classes of {image.values.size / 1e6:.0f} million voxels take {needed / 1e9:.0f} GB"
+        )
+        raise RejectedError(f"{reason} of memory, {available / 1e9:.0f} GB are free", MORE_MEMORY)
+    try:
+        scores = predict_logits(
+            model.network, values, model.crop, image.background, device, overlap=overlap, mirror=mirror
+        )
+        # softmax in place: the logits of many classes are the largest thing in memory
+        scores.sub_(scores.amax(dim=0, keepdim=True)).exp_()
+        scores.div_(scores.sum(dim=0, keepdim=True))
+        grid = isotropic_grid(image.shape, image.spacing_mm, image.store_spacing_mm)
+        return most_probable(scores.numpy(), image.shape, grid)
+    except (MemoryError, RuntimeError) as error:  # of torch: OutOfMemoryError on a GPU, RuntimeError of its allocator
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise RejectedError(f"memory ran out ({str(error).splitlines()[0]})", MORE_MEMORY) from error
 
 
 def _sources(raw: Path, output: Path) -> tuple[list[Source], list[Rejection]]:
@@ -246,61 +265,6 @@ def _refuse_images(files: dict[str, Path], sources: list[Source]) -> None:
     for file in files.values():
         if os.path.realpath(file) in images:
             raise UserError(f"{file}: is one of the images; give another folder for the labels")
-
-
-def _present(output: Path, files: dict[str, Path], settings: dict[str, Any]) -> set[str]:
-    """Ids that are done already. Raises: UserError where the folder holds what this run would overwrite."""
-    there = {name for name, file in files.items() if file.exists()}
-    known = _read_settings(output)
-    if known is None:
-        foreign = [file for file in (*files.values(), output / SCORES, output / REJECTED) if file.exists()]
-        if foreign:
-            raise UserError(
-                f"{foreign[0]} exists and is not known to be of `voxtrast predict`; give another folder, or --force "
-                "to replace it"
-            )
-        return set()
-    changed = ", ".join(name for name in settings if known.get(name) != settings[name])
-    if there and changed:
-        raise UserError(
-            f"{output} holds {len(there)} of these labels, made with another {changed}; give another folder, or "
-            "--force to replace them"
-        )
-    return there
-
-
-def _read_settings(output: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _begin(output: Path, settings: dict[str, Any], replaced: list[Path]) -> None:
-    """Makes the folder and removes what this run replaces: labels of two models must never lie side by side."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for file in (*replaced, output / SCORES, output / REJECTED, *output.glob(".*.partial.*")):
-            file.unlink(missing_ok=True)
-        with _own_disk(output):
-            write_lines(output / SETTINGS, [json.dumps(settings)])
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror}); name another folder") from error
-
-
-def _write(file: Path, values: np.ndarray, grid: FileGrid) -> None:
-    """The whole file or none: a killed run leaves nothing that looks like a label."""
-    suffix = next(each for each in SUFFIXES if file.name.endswith(each))
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial{suffix}")
-    try:
-        write_label(partial, values, grid)
-        os.replace(partial, file)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
-        raise UserError(f"{file}: cannot be written ({reason}); free space or name another folder") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

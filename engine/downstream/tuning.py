@@ -73,7 +73,8 @@ def layers_of(network: nn.Module, config: BackboneConfig, new: Iterable[str], de
     for name, parameter in network.named_parameters():
         owner = next(each for each, prefixes in parts if name.startswith(prefixes))
         found[HEAD if name in unfilled else owner].append(parameter)
-    return [Layer(name, found[name], decay**depth) for depth, (name, _) in enumerate(parts) if found[name]]
+    filled = [name for name, _ in parts if found[name]]  # a layer that pretraining did not reach is no step down
+    return [Layer(name, found[name], decay**depth) for depth, name in enumerate(filled)]
 
 
 class Plan:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...methods.backbone import BackboneConfig, architecture_of, build_network
 from ..errors import UserError
-from ..weights import first_few, load_into, load_weights
+from ..weights import SEGMENTATION, first_few, load_into, load_weights
 from .fit import unwrapped
 
 CLASSES = 2  # of the last layers, which the task replaces
@@ -37,6 +37,8 @@ def open_source(file: Path) -> Source:
     Raises: UserError where the file cannot be used, or does not fit its own description.
     """
     tensors, description = load_weights(file)
+    if description.get("kind") == SEGMENTATION:
+        raise UserError(f"{file}: is a fine-tuned model; give the run that it began with, or predict with it")
     if "module" in description:
         raise UserError(f"{file}: holds {description['module']!r} of a network alone; give the run that it is from")
     wrapped = [name for name in tensors if unwrapped(name) != name]

@@ -12,9 +12,10 @@ import torch
 import yaml
 
 from voxtrast.benchmarks import label_efficiency, label_results
+from voxtrast.benchmarks.harness import append
 from voxtrast.benchmarks.label_efficiency import Bench, check_task, run
 from voxtrast.benchmarks.label_plan import PLAN, PLATEAU, SCRATCH, Job, Plan, Task, pretraining, read_plan, setting
-from voxtrast.benchmarks.voxel_probes import match
+from voxtrast.benchmarks.voxel_probes import enlarged, match
 from voxtrast.engine.data.splits import held_aside
 from voxtrast.engine.data.store import Store
 from voxtrast.engine.errors import UserError
@@ -202,11 +203,36 @@ def test_tables_compare_seed_by_seed_and_case_by_case(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def test_a_broken_line_is_named(tmp_path: Path) -> None:
+def test_a_line_that_was_cut_off_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "lines.jsonl"
-    file.write_text(json.dumps(line(SCRATCH, 2, 0, [0.5])) + "\n{\n")
-    with pytest.raises(UserError, match="line 2: no JSON"):
-        label_results.read([file])
+    file.write_text(json.dumps(line(SCRATCH, 2, 0, [0.5])) + "\n" + '{"kind": "finet')
+    assert len(label_results.read([file])) == 1
+    assert "line 2: cut off, passed over" in capsys.readouterr().err
+    append([line(SCRATCH, 2, 1, [0.5])], file)
+    assert [each["seed"] for each in label_results.read([file])] == [0, 1]
+
+
+def test_lines_of_another_plan_and_other_views_of_the_test_cases_are_not_mixed(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = Job("finetune", "made", "mae", 2, 0)
+    mine = line("mae", 2, 0, [0.5, 0.7], setting=setting(bench.plan, job, False))
+    seen = line("mae", 2, 0, [0.9, 0.9], setting=setting(bench.plan, job, True), transductive=True)
+    scratch = line(SCRATCH, 2, 0, [0.4, 0.6], setting=setting(bench.plan, Job("finetune", "made", SCRATCH, 2, 0), True))
+    lines = label_results.of_plan([mine, seen, scratch, line("mae", 1, 0, [0.1, 0.1])], bench.plan)
+    assert "1 lines of other settings than the plan's are left out" in capsys.readouterr().err
+    first, second = label_results.tables(lines).split("### made")[1:]
+    assert "held aside" in first
+    assert "+0.100" in first
+    assert "their images were pretrained on" in second
+    assert "+0.400" in second  # beside the same scratch
+
+
+def test_a_coarse_map_is_read_where_its_convolutions_are_centred() -> None:
+    ramp = torch.arange(4.0).view(1, 1, 4, 1, 1).expand(1, 1, 4, 2, 2)
+    whole = enlarged(ramp, 2)
+    assert whole.shape == (1, 1, 8, 4, 4)
+    assert whole[0, 0, :, 0, 0].tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3]
 
 
 def test_the_nearest_features_are_found_whatever_their_scale_and_offset() -> None:

@@ -72,6 +72,14 @@ def test_an_image_of_any_size_is_inspected_with_the_share_hidden() -> None:
     assert torch.equal(found["restored"][found["input"] == 1], found["target"][found["input"] == 1])
 
 
+def test_validation_hides_the_same_blocks_at_every_step() -> None:
+    method = small_mae().eval()
+    batch = small_batch(method)
+    first, later = (method(batch, step)["restorative"].item() for step in (3, 9))
+    assert first == later
+    assert method.train()(batch, 9)["restorative"].item() != first
+
+
 def test_micro_batches_hide_what_the_whole_batch_does() -> None:
     method = small_mae()
     whole = small_batch(method)

@@ -5,9 +5,8 @@ The kernels of views are tested without SimpleITK, too: it is imported where it 
 
 import hashlib
 import json
-import locale
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +23,6 @@ def smooth_values(seed: int, shape: tuple[int, int, int] = (20, 22, 24)) -> np.n
     """(D, H, W) float32, positive, no flat background: like a small MR crop."""
     noise = np.random.default_rng(seed).normal(size=shape)
     return (500 + 400 * ndimage.gaussian_filter(noise, 1.5)).astype(np.float32)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def keep_locale() -> Iterator[None]:
-    """ITK leaves the C locale behind after some of the damaged files made here: ASCII, for every test that follows."""
-    spoken = locale.setlocale(locale.LC_ALL)
-    yield
-    locale.setlocale(locale.LC_ALL, spoken)
 
 
 @pytest.fixture(scope="session")

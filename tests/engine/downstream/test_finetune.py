@@ -147,7 +147,7 @@ def test_weights_of_another_width_than_they_say_are_refused_by_name(weights: Pat
 
 
 def test_a_run_measures_distances_in_millimetres_unless_told_not_to(weights: Path, store: Store) -> None:
-    with_surface = run(weights, store, steps=8, test_cases=2, mirror="w", overlap=0.25)
+    with_surface = run(weights, store, steps=8, test_cases=2, mirror="w", flips=True, overlap=0.25)
     assert with_surface["mirror"] == [2]
     assert set(with_surface["hd95"]["classes"]) == {"2", "5"}
     for case in with_surface["cases"]:

@@ -3,9 +3,11 @@
 import csv
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from voxtrast.engine.downstream.finetune import finetune
 from voxtrast.engine.downstream.inference import mirror_axes, predict_logits
 from voxtrast.engine.downstream.model import SegmentationModel
 from voxtrast.engine.downstream.original_grid import most_probable
+from voxtrast.engine.downstream.output_folder import OutputFolder
 from voxtrast.engine.downstream.predict import PredictSummary, predict
 from voxtrast.engine.errors import UserError
 
@@ -77,7 +80,7 @@ def subject(direction: np.ndarray, spacing: tuple[float, ...] = (0.8, 1.3, 3.0))
 @pytest.fixture
 def thresholds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A model file whose network is `Thresholds`."""
-    model = SegmentationModel(Thresholds(), CLASSES, (24, 24, 24), dict(PREPARED))
+    model = SegmentationModel(Thresholds(), CLASSES, (24, 24, 24), dict(PREPARED), flips=True)
     monkeypatch.setattr(module, "load_model", lambda path: model)
     (tmp_path / "model.safetensors").write_bytes(b"thresholds")
     return tmp_path / "model.safetensors"
@@ -158,9 +161,10 @@ def test_bad_files_are_named_and_the_others_are_predicted(
     assert "truncated" in line["reason"]
     assert "rejected: broken.nii.gz: truncated" in capsys.readouterr().err
     assert sorted(each.name for each in out.iterdir()) == [
+        ".predict.lock",
         "good.nii.gz",
         "other__good.mha",
-        "predict.json",
+        "predict.jsonl",
         "rejected.jsonl",
     ]
 
@@ -174,12 +178,85 @@ def test_it_goes_on_where_it_was_and_replaces_nothing_of_another_model(threshold
     before = (out / "b.nii.gz").stat().st_mtime_ns
     summary = run(thresholds, raw, out)
     assert (summary.predicted, summary.kept) == (1, 1)
-    assert sorted(each.name for each in out.iterdir()) == ["a.nii.gz", "b.nii.gz", "predict.json"]
+    assert sorted(each.name for each in out.glob("[!.]*")) == ["a.nii.gz", "b.nii.gz", "predict.jsonl"]
+    assert not list(out.glob(".*.partial.*"))
     assert (out / "b.nii.gz").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match=r"holds 2 of these labels, made with another mirror; .* --force"):
+    with pytest.raises(UserError, match=r"a\.nii\.gz: was made with another mirror; .* --force"):
         run(thresholds, raw, out, mirror="w")
     assert run(thresholds, raw, out, mirror="w", force=True).predicted == 2
     assert (out / "b.nii.gz").stat().st_mtime_ns != before
+
+
+def test_labels_of_two_models_never_pass_for_those_of_one(thresholds: Path, tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write(raw, "a.nii.gz", "b.nii.gz")
+    run(thresholds, raw, out)
+    thresholds.write_bytes(b"another model")
+    assert run(thresholds, raw / "a.nii.gz", out, force=True).predicted == 1
+    with pytest.raises(UserError, match=r"b\.nii\.gz: was made with another model_sha256"):
+        run(thresholds, raw, out)
+
+
+def test_the_label_of_another_image_of_the_same_name_is_not_kept(thresholds: Path, tmp_path: Path) -> None:
+    one, two, out = tmp_path / "one", tmp_path / "two", tmp_path / "out"
+    for folder in (one, two):
+        write(folder, "ct.nii.gz")
+    os.utime(two / "ct.nii.gz", ns=(1, 1))
+    assert run(thresholds, one / "ct.nii.gz", out).predicted == 1
+    assert run(thresholds, one / "ct.nii.gz", out).kept == 1
+    with pytest.raises(UserError, match=r"ct\.nii\.gz: was made with another image"):
+        run(thresholds, two / "ct.nii.gz", out)
+
+
+def test_scores_of_before_stay_where_no_labels_are_given(thresholds: Path, tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write(raw, "a.nii.gz", "a_label.nii.gz")
+    assert run(thresholds, raw, out, labels=raw).scored == 1  # images and labels side by side
+    scores = (out / "scores.csv").read_text(encoding="utf-8")
+    run(thresholds, raw, out)
+    assert (out / "scores.csv").read_text(encoding="utf-8") == scores
+
+
+def test_an_image_whose_classes_do_not_fit_into_memory_costs_itself_alone(
+    thresholds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write(raw, "a.nii.gz", "b.nii.gz")
+    free = iter([10, 10**12])
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=next(free)))
+    summary = run(thresholds, raw, out)
+    assert (summary.predicted, len(summary.rejected)) == (1, 1)
+    assert "GB of memory" in summary.rejected[0].reason
+
+
+def test_a_label_that_cannot_be_read_costs_its_score_alone(thresholds: Path, tmp_path: Path) -> None:
+    raw, labels, out = tmp_path / "raw", tmp_path / "labels", tmp_path / "out"
+    write(raw, "a.nii.gz", "b.nii.gz")
+    write(labels, "b_label.nii.gz")
+    (labels / "a.nii.gz").symlink_to(tmp_path / "gone.nii.gz")
+    summary = run(thresholds, raw, out, labels=labels)
+    assert (summary.scored, summary.exit_code) == (1, 1)
+    assert "does not exist" in summary.rejected[0].reason
+
+
+def test_two_runs_in_one_folder_are_refused(thresholds: Path, tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write(raw, "a.nii.gz")
+    with (
+        OutputFolder(out, {}, {}, {}, force=False).locked(),
+        pytest.raises(UserError, match="another `voxtrast predict`"),
+    ):
+        run(thresholds, raw, out)
+
+
+def test_a_network_that_saw_no_mirrored_image_is_not_shown_any(
+    thresholds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = SegmentationModel(Thresholds(), CLASSES, (24, 24, 24), dict(PREPARED), flips=False)
+    monkeypatch.setattr(module, "load_model", lambda path: model)
+    write(tmp_path / "raw", "a.nii.gz")
+    with pytest.raises(UserError, match=r"--mirror: the network was trained without --flips"):
+        run(thresholds, tmp_path / "raw", tmp_path / "out", mirror="w")
 
 
 def test_files_of_unknown_origin_are_kept_unless_forced(thresholds: Path, tmp_path: Path) -> None:
@@ -322,7 +399,7 @@ def test_the_command_line_says_what_was_done_and_ends_with_one_for_a_bad_file(th
     write(raw, "a.nii.gz")
     said = CliRunner().invoke(app, ["predict", str(thresholds), str(raw), str(out), "--mirror", "d,w", "--no-surface"])
     assert (said.exit_code, said.stdout) == (0, "1 predicted, 0 kept from before, 0 rejected\n")
-    assert json.loads((out / "predict.json").read_text(encoding="utf-8"))["mirror"] == "d,w"
+    assert json.loads((out / "predict.jsonl").read_text(encoding="utf-8"))["mirror"] == "d,w"
     (raw / "b.nii.gz").write_text("no image")
     said = CliRunner().invoke(app, ["predict", str(thresholds), str(raw), str(out), "--mirror", "d,w"])
     assert (said.exit_code, said.stdout) == (1, "0 predicted, 1 kept from before, 1 rejected\n")

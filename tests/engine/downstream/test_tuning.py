@@ -38,6 +38,15 @@ def test_every_tensor_has_one_layer_and_the_rate_falls_from_head_to_stem(config:
     assert any(parameter.ndim == 5 and parameter.shape[1] == 1 for parameter in layers[-1].parameters)
 
 
+def test_blocks_that_pretraining_did_not_reach_are_no_step_down_to_the_encoder() -> None:
+    config = CONFIGS[0]
+    network = build_network(config, 3)
+    new = [name for name, _ in network.named_parameters() if not name.startswith("encoder.")]
+    layers = layers_of(network, config, new, decay=0.5)
+    assert [layer.name for layer in layers[:2]] == ["head", f"encoder.{config.levels - 1}"]
+    assert [layer.rate for layer in layers] == [0.5**depth for depth in range(config.levels + 1)]
+
+
 def run(weights: Path, store: Store, **settings: Any) -> dict[str, Any]:
     fixed = {"labels": 1, "seed": 0, "steps": 2, "batch": 1, "test_cases": 1, "progress": False, "surface": False}
     return finetune(weights, store.path, **{**fixed, **settings})
@@ -53,6 +62,7 @@ def changed(weights: Path, line: dict[str, Any]) -> set[str]:
 def test_a_frozen_encoder_keeps_its_tensors_and_one_frozen_at_first_does_not(weights: Path, store: Store) -> None:
     assert changed(weights, run(weights, store)) == {"encoder", "decoder"}
     line = run(weights, store, freeze="encoder")
+    assert line["model"] != run(weights, store)["model"]  # no arm takes another's place
     assert changed(weights, line) == {"decoder"}
     assert line["freeze"] == "encoder"
     assert line["tuned"]["never_trained"] == line["tuned"]["tensors"]["encoder"] > 0
