@@ -150,7 +150,7 @@ def peak_memory_mb(module: str, op: str, case: Case, provider: str) -> float | N
             return None
     about = {"op": op, "shape": case.shape, "provider": provider, "dtype": case.place.dtype_name}
     words = [sys.executable, "-m", module, "--memory", json.dumps(about)]
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace")
     return float(done.stdout.split()[-1]) if done.returncode == 0 and done.stdout.strip() else None
 
 

@@ -82,7 +82,12 @@ def _described_commit() -> str | None:
     if not shutil.which("git"):
         return None
     words = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
+    return (
+        subprocess.run(
+            words, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", errors="replace"
+        ).stdout.strip()
+        or None
+    )
 
 
 def _processor() -> dict[str, Any]:
@@ -106,7 +111,12 @@ def _gpu(place: Place) -> dict[str, Any]:
     driver = None
     if shutil.which("nvidia-smi"):
         words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(words, capture_output=True, text=True).stdout.partition("\n")[0].strip() or None
+        driver = (
+            subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace")
+            .stdout.partition("\n")[0]
+            .strip()
+            or None
+        )
     return {
         "device": about.name,
         "capability": f"sm_{about.major}{about.minor}",

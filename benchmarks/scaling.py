@@ -40,7 +40,7 @@ def launch(recipe: str, words: Sequence[str], ranks: int, steps: int, options: S
     command += ["--master_port", str(_free_port()), "--module", "voxtrast.benchmarks.scaling_rank", recipe, *words]
     command += [f"train.threads={max(1, cores // ranks)}", "--steps", str(steps), "--result", str(result), *options]
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
     if done.returncode or not result.exists():
         raise UserError(f"{ranks} rank(s): {_last_words(done.stderr)}")
     found: Row = json.loads(result.read_text(encoding="utf-8"))

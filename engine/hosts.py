@@ -96,8 +96,8 @@ def unreachable(hosts: Sequence[str], port: int | None = None) -> dict[str, str]
     def reach(host: str) -> str:
         try:
             done = subprocess.run(
-                ["ssh", *options, host, "true"], capture_output=True, text=True, timeout=2 * REACH_S,
-                stdin=subprocess.DEVNULL,
+                ["ssh", *options, host, "true"], capture_output=True, encoding="utf-8", errors="replace",
+                timeout=2 * REACH_S, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         except FileNotFoundError:
             return "ssh is not installed here"

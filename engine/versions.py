@@ -28,7 +28,10 @@ def commit() -> str | None:
         return None
     words = ["git", "-C", str(clone), "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=10).stdout.strip() or None
+        return (
+            subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", timeout=10).stdout.strip()
+            or None
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
 

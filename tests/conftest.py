@@ -12,12 +12,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
 
+SPOKEN = locale.setlocale(locale.LC_ALL)
+
+
 @pytest.fixture(autouse=True)
 def keep_locale() -> Iterator[None]:
     """ITK leaves the C locale behind after some damaged files: ASCII, for every test that follows."""
-    spoken = locale.setlocale(locale.LC_ALL)
+    locale.setlocale(locale.LC_ALL, SPOKEN)  # a fixture of the session may have read some
     yield
-    locale.setlocale(locale.LC_ALL, spoken)
+    locale.setlocale(locale.LC_ALL, SPOKEN)
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,9 @@ def disagreement(version: str, changelog: str, tags: list[str]) -> str | None:
 
 
 def test_version_tag_and_changelog_agree() -> None:
-    git = subprocess.run(["git", "tag", "--points-at", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    git = subprocess.run(
+        ["git", "tag", "--points-at", "HEAD"], cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace"
+    )
     tags = git.stdout.split() if git.returncode == 0 else []  # an sdist has no history
     assert disagreement(PROJECT["version"], (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), tags) is None
 
@@ -160,7 +162,9 @@ def test_a_wheel_from_the_sdist_beside_torch_alone_gives_a_loss(tmp_path: Path) 
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
         archive.extractall(tmp_path / "unpacked", filter="data")
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace"
+    ).stdout.split("\n")
     assert [name for name in tracked if name and name not in inside and not name.startswith(NOT_IN_THE_SDIST)] == []
     assert not [name for name in inside if name.endswith((".so", ".pyc"))]
 
@@ -181,12 +185,18 @@ def test_a_wheel_from_the_sdist_beside_torch_alone_gives_a_loss(tmp_path: Path) 
     python = tmp_path / "bare" / "bin" / "python"
     install = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel]
     subprocess.run(install, check=True, capture_output=True)
-    done = subprocess.run([python, "-c", USE_A_LOSS], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [python, "-c", USE_A_LOSS], capture_output=True, encoding="utf-8", errors="replace", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
-    packages = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout
+    packages = subprocess.run(
+        [python, "-m", "pip", "list"], capture_output=True, encoding="utf-8", errors="replace", check=True
+    ).stdout
     assert "deepspeed" not in packages
     assert "numpy" not in packages
     # The command line says in one line what it lacks.
-    voxtrast = subprocess.run([tmp_path / "bare" / "bin" / "voxtrast", "--help"], capture_output=True, text=True)
+    voxtrast = subprocess.run(
+        [tmp_path / "bare" / "bin" / "voxtrast", "--help"], capture_output=True, encoding="utf-8", errors="replace"
+    )
     assert voxtrast.returncode != 0
     assert re.fullmatch(r"error: \w+ is not installed; .*voxtrast\[engine\]\n", voxtrast.stderr)

@@ -46,7 +46,9 @@ def find_toolkit(dali_cuda: int | None) -> Toolkit:
     architectures = _architectures()
     nvcc = _find_nvcc()
     try:
-        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(
+            [nvcc, "--version"], capture_output=True, encoding="utf-8", errors="replace", check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise NoToolkit(f"{nvcc} --version fails ({error}): point CUDACXX at an nvcc that works") from None
     release = re.search(r"release (\d+)\.(\d+)", said)

@@ -231,7 +231,9 @@ def cuda_headers() -> Path:
 @functools.lru_cache
 def _compiler_version(command: tuple[str, ...]) -> str:
     try:
-        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [*command, "--version"], capture_output=True, encoding="utf-8", errors="replace", check=True
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         remedy = "point CXX at a compiler that works"
         raise UserError(f"{shlex.join(command)} --version fails ({error}): {remedy}") from None
@@ -327,7 +329,7 @@ def _remove_leftovers(cache: Path) -> None:
 
 
 def _run(command: list[str]) -> tuple[int, str]:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
     return done.returncode, f"{shlex.join(command)}\n{done.stdout}"
 
 

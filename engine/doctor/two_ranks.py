@@ -122,7 +122,8 @@ def _train(ranks: int, words: list[str], device: str) -> subprocess.CompletedPro
     return subprocess.run(
         [*launcher, "voxtrast.engine.pretrain", *words],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         env=environment,
         timeout=LONGEST_S,
     )

@@ -231,7 +231,12 @@ def test_the_core_time_of_the_parts_makes_up_the_whole(made_store: Path) -> None
 def run_command(*words: str) -> tuple[list[dict[str, Any]], str]:
     """By the command itself: what runs as __main__ is another module in the processes that it starts."""
     words = ("--device", "cpu", "--workers", "1", *words)
-    done = subprocess.run([sys.executable, "-m", "voxtrast.benchmarks.data", *words], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "voxtrast.benchmarks.data", *words],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in Path(words[-1]).read_text(encoding="utf-8").splitlines()], done.stdout
 

@@ -18,7 +18,9 @@ SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "gpu_check.sh"
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_it_stops_at_once_without_a_gpu(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable}
-    done = subprocess.run([SCRIPT, tmp_path / "out"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [SCRIPT, tmp_path / "out"], env=environment, capture_output=True, encoding="utf-8", errors="replace"
+    )
     assert done.returncode == 2
     assert "finds no CUDA device; this check needs a machine with a GPU, and nothing was done" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -248,7 +248,7 @@ def test_the_nearest_features_are_found_whatever_their_scale_and_offset() -> Non
 def test_a_small_plan_runs_from_raw_volumes_to_its_tables(tiny_store: Path, plan_file: Path, tmp_path: Path) -> None:
     words = ["--data", str(tiny_store.parent), "--into", str(tmp_path / "into"), "--plan", str(plan_file)]
     command = [sys.executable, "-m", "voxtrast.benchmarks.label_efficiency", *words, "--workers", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     assert done.returncode == 0, done.stderr
     lines = label_results.read([tmp_path / "into" / "results.jsonl"])
     assert len(lines) == 2 * 3 + 3 + 1
@@ -263,7 +263,7 @@ def test_a_small_plan_runs_from_raw_volumes_to_its_tables(tiny_store: Path, plan
     assert 0 <= found["probe", "mae", 0]["correspondence"]["encoder"]["right"] <= 1
     assert found["probe", "mae", 0]["linear"]["encoder"]["dice"]["mean"] > 0
     assert "### made" in done.stdout
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     assert "12 of 12 runs are done" in again.stderr
     assert label_results.read([tmp_path / "into" / "results.jsonl"]) == lines
 

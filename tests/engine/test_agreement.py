@@ -231,7 +231,8 @@ def test_runs_of_two_ranks_that_differ_or_lose_one_end_with_a_line(tiny_store: P
             subprocess.Popen(
                 [sys.executable, str(SCRIPT), str(path), f"data={tiny_store}", f"output={run}",
                  "train.timeout_minutes=0.5", "checkpoint.every=5", "validation.every=0", *words[rank].split()],
-                env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+                env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE,
+                encoding="utf-8", errors="replace",
             )
             for rank in range(2)
         ]  # fmt: skip

@@ -210,7 +210,8 @@ def on_two_ranks(script: Path, words: list[str]) -> "subprocess.CompletedProcess
     return subprocess.run(
         [sys.executable, *launcher, str(script), *words],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         timeout=300,
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )
@@ -260,7 +261,9 @@ def test_two_ranks_out_of_time_save_after_the_same_step(tiny_store: Path, tmp_pa
 def test_a_process_ends_although_its_readers_hang_for_ever(tiny_store: Path, tmp_path: Path) -> None:
     words = [str(recipe(tmp_path)), f"data={tiny_store}", f"output={tmp_path / 'run'}", "train.steps=20"]
     command = [sys.executable, "-c", HANGING, *words, "guards.data_timeout_seconds=2"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=120)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", cwd=Path(__file__).parent, timeout=120
+    )
     assert done.returncode == 2, done.stderr
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert "guards.data_timeout_seconds" in line

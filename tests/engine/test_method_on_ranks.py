@@ -34,7 +34,9 @@ def test_two_ranks_and_their_micro_batches_give_bank_twin_critic_and_losses_of_o
     # Adam would make full steps of gradients that are rounding alone.
     settings = [f"data={tiny_store}", f"output={run}", "optimizer.name=sgd", *words]
     command = [*launcher, str(recipe(tmp_path, STAGES)), *settings]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     assert_close(run, *plain_loop(read_config(run / "config.yaml")))
 

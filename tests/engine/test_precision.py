@@ -229,7 +229,9 @@ def test_two_ranks_share_their_scale_and_drop_the_same_steps_as_one_process(
     launcher += ["--master_port", str(31500 + os.getpid() % 1000), str(Path(__file__).with_name("stand_in.py"))]
     two = tmp_path / "two"
     command = [*launcher, str(recipe(tmp_path, STAGES)), f"data={tiny_store}", f"output={two}", *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     alone, together = lines_of(one), lines_of(two)
     for key in ("loss_scale", "dropped"):

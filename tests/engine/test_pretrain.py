@@ -39,7 +39,11 @@ def command(store: Path, run: Path, *words: str, launcher: tuple[str, ...] = ())
 def pretrain(store: Path, run: Path, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command(store, run, *words, launcher=launcher), capture_output=True, text=True, env=environment
+        command(store, run, *words, launcher=launcher),
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env=environment,
     )
 
 
@@ -131,7 +135,7 @@ def test_asked_to_stop_it_saves_says_so_and_continues_later(
     run = tmp_path / "run"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     words = command(tiny_store, run, "train.steps=30", "checkpoint.every=100")
-    process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not ((run / "log.jsonl").exists() and losses(run)):
         time.sleep(0.02)

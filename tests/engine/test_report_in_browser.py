@@ -31,7 +31,7 @@ def open_page(path: Path, folder: Path, *words: str) -> tuple[str, str, list[str
     traffic = folder / "traffic.json"
     command = [str(BROWSER), *QUIET, f"--user-data-dir={folder / 'profile'}", f"--log-net-log={traffic}",
                "--enable-logging=stderr", *words, "--dump-dom", path.as_uri()]  # fmt: skip
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    ran = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=120, check=True)
     said = "\n".join(line for line in ran.stderr.splitlines() if "CONSOLE" in line)
     events = json.loads(traffic.read_text(encoding="utf-8"))["events"]
     known = (event.get("params", {}) for event in events)

@@ -30,7 +30,7 @@ SETTINGS = ("optimizer.name=sgd", "optimizer.learning_rate=0.001", "schedule.nam
 
 
 def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+    subprocess.run(["ip", *words], check=True, capture_output=True, encoding="utf-8", errors="replace")
 
 
 class Nodes:
@@ -69,7 +69,7 @@ class Nodes:
                  f"--world_info={world}", f"--node_rank={node}", f"--master_addr={ADDRESSES[0]}",
                  f"--master_port={port}", "--log_level=warning", str(SCRIPT), *words],
                 env=os.environ | {"GLOO_SOCKET_IFNAME": link, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-                stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, encoding="utf-8", errors="replace",
             )
             for node, (name, link) in enumerate(zip(self.names, self.links, strict=True))
         ]  # fmt: skip

@@ -53,7 +53,9 @@ print(len(ours), ours[0])
 
 
 def test_without_the_compiled_library_everything_works_and_one_warning_says_so() -> None:
-    run = subprocess.run([sys.executable, "-c", WITHOUT_LIBRARY], capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LIBRARY], capture_output=True, encoding="utf-8", errors="replace", timeout=120
+    )
     assert run.returncode == 0, run.stderr
     count, message = run.stdout.strip().split(" ", 1)
     assert count == "1"
@@ -183,7 +185,9 @@ print(*calls)
 
 
 def test_the_call_that_loads_a_library_runs_by_it() -> None:
-    run = subprocess.run([sys.executable, "-c", LOADED_BY_THE_FIRST_CALL], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", LOADED_BY_THE_FIRST_CALL], capture_output=True, encoding="utf-8", errors="replace"
+    )
     assert run.stdout.split() == ["warp", "warp_backward"] * 2, run.stderr
 
 

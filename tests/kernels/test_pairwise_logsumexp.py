@@ -168,7 +168,9 @@ print(peak_mb(pairwise_logsumexp, 20000), peak_mb(pairwise_logsumexp_reference, 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of its memory from /proc")
 def test_memory_grows_with_the_vectors_and_not_with_the_pairs() -> None:
-    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK], capture_output=True, encoding="utf-8", errors="replace", timeout=120
+    )
     assert run.returncode == 0, run.stderr
     ours, plain = map(float, run.stdout.split())
     assert ours < 32  # the matrix would take 1600 MB
@@ -183,7 +185,8 @@ def test_every_path_of_the_compiled_code_is_as_accurate(path: str) -> None:
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", tests],
         env=os.environ | {"VOXTRAST_CPU": path},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         timeout=300,
     )
     assert run.returncode == 0, run.stdout

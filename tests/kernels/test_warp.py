@@ -185,7 +185,8 @@ def test_every_path_of_the_compiled_code_is_as_accurate(path: str) -> None:
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", tests],
         env=os.environ | {"VOXTRAST_CPU": path},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         timeout=300,
     )
     assert run.returncode == 0, run.stdout

@@ -198,7 +198,7 @@ def bad(
         "import json, dataclasses; print(json.dumps(dataclasses.asdict(summary)))"
     )
     command = [sys.executable, "-c", program, str(folder / "raw"), str(folder / "store")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=120)
     assert result.returncode == 0, result.stderr
     return folder, PrepareSummary(**json.loads(result.stdout)), result.stderr
 
@@ -262,7 +262,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         else:
             command = ["mount", "-o", f"remount,{options}", str(folder)]
         try:
-            result = subprocess.run(command, capture_output=True, text=True)
+            result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         except FileNotFoundError:
             pytest.skip("there is no mount command: a full or read-only disk cannot be tried")
         if result.returncode:
@@ -341,7 +341,9 @@ def test_unreadable_file_and_folder_get_a_line_each(tmp_path: Path, write: Calla
         "print(prepare(sys.argv[1], sys.argv[2], workers=1, progress=False).exit_code)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "raw"), str(tmp_path / "store")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, preexec_fn=_obey_permission_bits)
+    result = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", timeout=60, preexec_fn=_obey_permission_bits
+    )
     (tmp_path / "raw/locked").chmod(0o755)
     assert result.stdout.strip() == "1", result.stderr
     assert {file: line["reason"] for file, line in rejected(tmp_path / "store").items()} == {

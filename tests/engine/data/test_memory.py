@@ -46,7 +46,11 @@ def test_a_worker_stays_below_the_estimate_and_not_far(
     (tmp_path / "volumes").mkdir()
     environment = {**os.environ, **ONE_THREAD}
     command = [sys.executable, "-c", MEASURE, str(file), str(spacing_mm), str(tmp_path)]
-    peak = int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    peak = int(
+        subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, env=environment
+        ).stdout
+    )
     estimate = estimated_bytes([file], spacing_mm)
     assert 0.4 * estimate < peak < estimate, (peak, estimate)
 

@@ -75,7 +75,9 @@ def test_two_processes_at_once_compile_once(tmp_path: Path, compilations: Path) 
         "print(native.build(native.Library('answer', ('answer.cpp',)), pathlib.Path(sys.argv[1])))"
     )
     started = [
-        subprocess.Popen([sys.executable, "-c", program, str(root)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(root)], stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
+        )
         for _ in range(2)
     ]
     paths = {process.communicate(timeout=60)[0] for process in started}

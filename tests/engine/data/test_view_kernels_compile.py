@@ -27,7 +27,12 @@ def check(architecture: str, target: Path) -> None:
         "-v",
         f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
     ]
-    run = subprocess.run([*command, f"-I{native.SOURCES}", "-c", source, "-o", target], capture_output=True, text=True)
+    run = subprocess.run(
+        [*command, f"-I{native.SOURCES}", "-c", source, "-o", target],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     assert run.returncode == 0, run.stderr
     found = registers_and_spills(run.stdout + run.stderr)
     for name, (registers, spilled) in sorted(found.items()):
@@ -66,6 +71,8 @@ with pipeline:
 def test_dali_takes_the_operator_for_both_devices() -> None:
     environment = {**os.environ, "VOXTRAST_CUDA_ARCHITECTURES": "90"}
     environment.pop("VOXTRAST_CUDA", None)
-    run = subprocess.run([sys.executable, "-c", GRAPH], env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", GRAPH], env=environment, capture_output=True, encoding="utf-8", errors="replace"
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["gpu"] * 4 + ["cpu"]

@@ -82,7 +82,9 @@ def test_the_commit_is_that_of_the_clone(monkeypatch: pytest.MonkeyPatch, tmp_pa
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
     found = versions.commit()
-    wanted = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    wanted = subprocess.run(
+        [*git, "rev-parse", "HEAD"], check=True, capture_output=True, encoding="utf-8", errors="replace"
+    ).stdout
     assert found
     assert wanted.startswith(found)
     monkeypatch.setenv("VOXTRAST_COMMIT", "named")

@@ -45,7 +45,7 @@ def build(source: Path, folder: Path, links: tuple[Path, ...] = ()) -> ctypes.CD
     command = [*compiler.split(), "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas",
                "-fno-strict-aliasing", f"-I{folder}", f"-I{HERE}", f"-I{CSRC}", "-isystem", str(headers),
                str(source), *map(str, links), "-o", str(target)]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     assert run.returncode == 0, run.stderr
     return ctypes.CDLL(str(target))
 

@@ -22,7 +22,7 @@ def compiled(architectures: str, target: Path, monkeypatch: pytest.MonkeyPatch) 
     """Registers and bytes spilled, of each kernel for each architecture."""
     monkeypatch.setenv("VOXTRAST_CUDA_ARCHITECTURES", architectures)
     command = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["cuda_command"]("nvcc", target)
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
     assert run.returncode == 0, run.stderr
     assert target.stat().st_size > 0
     return registers_and_spills(run.stdout + run.stderr)
@@ -56,7 +56,12 @@ warped_cosine_loss warped_cosine_loss_backward local_correlation local_correlati
 def test_cuda_sources_compile_without_spills_and_find_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "_C_cuda.so"
     check(compiled("90", target, monkeypatch), "90")
-    run = subprocess.run([sys.executable, "-c", LOAD, target, *OPERATORS.split()], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD, target, *OPERATORS.split()],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     assert run.returncode == 0, run.stderr
 
 

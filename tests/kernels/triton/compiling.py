@@ -74,7 +74,7 @@ def resources(**work: Any) -> dict[str, Any]:
 
 
 def output_of(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True).stdout
 
 
 if __name__ == "__main__":

@@ -42,7 +42,13 @@ def work(kernel: str, architecture: str, dtype: torch.dtype, chunk: int, form: s
 
 def compiled(*works: str) -> list[dict[str, int]]:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
-    done = subprocess.run([sys.executable, str(COMPILING), *works], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(COMPILING), *works],
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
