@@ -189,7 +189,7 @@ def _start(bench: Bench, job: Job, folder: Path, lock: int) -> subprocess.Popen[
 def _finish(bench: Bench, job: Job, code: int, result: Path, failed: list[Job]) -> None:
     if code or not (bench.is_pretrained(job) if job.kind == "pretrain" else result.is_file()):
         log = bench.into / "logs" / f"{_result('', job).stem}.txt"
-        last = [text for text in log.read_text(errors="replace").splitlines() if text.strip()][-1:]
+        last = [text for text in log.read_text(encoding="utf-8", errors="replace").splitlines() if text.strip()][-1:]
         print(f"{job}: failed with exit code {code}: {' '.join(last)} ({log})", file=sys.stderr)
         failed.append(job)
         return
@@ -206,7 +206,7 @@ def _finish(bench: Bench, job: Job, code: int, result: Path, failed: list[Job]) 
 def _alone(folder: Path) -> Iterator[int]:
     """The descriptor of the lock."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with (folder / "lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from voxtrast.engine.config import load_config
+from voxtrast.engine.config import load_config, read_config
 from voxtrast.engine.data.store import Store
 from voxtrast.engine.downstream.finetune import finetune
 from voxtrast.engine.weights import RUN_WEIGHTS, load_weights, save_weights
@@ -55,7 +55,7 @@ def told_of(run: Path) -> dict[str, Any]:
     """What a pretraining took, from its log and its weights."""
     description = load_weights(run / RUN_WEIGHTS)[1]
     lines = [json.loads(text) for text in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    batch = load_batch(run)
+    batch = read_config(run / "config.yaml").train.global_batch
     losses = [line["loss"] for line in lines[-10:] if line["loss"] is not None]  # null where it was not finite
     seconds = [batch / line["samples_per_second"] for line in lines]
     return {
@@ -67,12 +67,6 @@ def told_of(run: Path) -> dict[str, Any]:
         "loss": {"first": lines[0]["loss"], "last": statistics.mean(losses) if losses else None},
         "untrained": len(description.get("untrained", [])),
     }
-
-
-def load_batch(run: Path) -> int:
-    from voxtrast.engine.config import read_config
-
-    return read_config(run / "config.yaml").train.global_batch
 
 
 def main(about: dict[str, Any]) -> None:
@@ -91,7 +85,7 @@ def main(about: dict[str, Any]) -> None:
         weights = run / RUN_WEIGHTS if run else None
         line |= probe(plan, task, Store(store), weights, seed=job.seed, device=torch.device(about["device"]))
     result = Path(about["result"])
-    result.with_suffix(".part").write_text(json.dumps(line, allow_nan=False))
+    result.with_suffix(".part").write_text(json.dumps(line, allow_nan=False), encoding="utf-8")
     result.with_suffix(".part").rename(result)
 
 

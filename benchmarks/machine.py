@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from voxtrast.engine.versions import commit
 from voxtrast.kernels.stream_copy import stream_copy
 
 from .place import CPU, Place
@@ -71,23 +72,11 @@ def machine(place: Place = CPU, packages: Sequence[str] = PACKAGES) -> dict[str,
     """Args: packages: whose versions are of interest, besides ours and torch's."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": os.environ.get("VOXTRAST_COMMIT") or _described_commit(),
+        "commit": commit(),
         **(_gpu(place) if place.on_gpu else _processor()),
         "load": os.getloadavg()[0],
         "versions": _versions(("voxtrast", "torch", *packages)),
     }
-
-
-def _described_commit() -> str | None:
-    if not shutil.which("git"):
-        return None
-    words = ["git", "describe", "--always", "--dirty"]
-    return (
-        subprocess.run(
-            words, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", errors="replace"
-        ).stdout.strip()
-        or None
-    )
 
 
 def _processor() -> dict[str, Any]:

@@ -7,7 +7,6 @@ contrast, the voxel of one whose features are nearest in cosine to those of a vo
 2 voxels of the true place.
 """
 
-import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +21,10 @@ from voxtrast.engine.config import load_config
 from voxtrast.engine.data.pipeline import ViewPipeline
 from voxtrast.engine.data.store import Store
 from voxtrast.engine.downstream.cases import LabelledCase, draw_cases, read_case
-from voxtrast.engine.downstream.evaluation import summarise
+from voxtrast.engine.downstream.scoring import score, summarise
 from voxtrast.engine.weights import load_into, load_weights
 from voxtrast.methods import Backbone
-from voxtrast.methods.views import AffineRanges, AppearanceRanges, Contrast, ElasticRanges, Gamma, Noise, View, ViewSpec
+from voxtrast.methods.views import AffineRanges, AppearanceRanges, ElasticRanges, View, ViewSpec
 
 from .label_plan import Plan, Task
 
@@ -72,11 +71,11 @@ def features(backbone: Backbone, image: Tensor, part: str) -> Tensor:
     padded = functional.pad(image, [pad for side in reversed(missing) for pad in (0, side)], mode="replicate")
     encoder_maps, decoder_maps = backbone(padded)
     maps = encoder_maps if part == "encoder" else [*encoder_maps, *decoder_maps[1:]]  # the first is the bottleneck
-    whole = [enlarged(each, padded.shape[2] // each.shape[2]) for each in maps]
+    whole = [at_every_voxel(each, padded.shape[2] // each.shape[2]) for each in maps]
     return torch.cat(whole, dim=1)[0][:, : size[0], : size[1], : size[2]]
 
 
-def enlarged(features: Tensor, stride: int) -> Tensor:
+def at_every_voxel(features: Tensor, stride: int) -> Tensor:
     """A map at full resolution. Its vector i is that of voxel stride * i: strided convolutions of three voxels are
     centred there, not in the middle of the cell."""
     padded = functional.pad(features, (0, 1) * 3, mode="replicate")
@@ -111,13 +110,9 @@ def linear(backbone: Backbone, part: str, task: Task, store: Store, seed: int) -
     for case in split.test:
         item = read_case(store, case, split.classes)
         predicted = model.predict(_features_of(backbone, item, part))
-        label = item.label[0].flatten().numpy()
-        dice = {
-            str(value): _dice(predicted == index, label == index)
-            for index, value in enumerate(split.classes) if index > 0
-        }  # fmt: skip
-        present = [score for score in dice.values() if score is not None]
-        results.append({"case": case.id, "dice": dice, "mean": float(np.mean(present)) if present else None})
+        segmented = predicted.reshape(item.label[0].shape)
+        scores = score(segmented, item.label[0].numpy(), split.classes, case.spacing_mm, surface=False)
+        results.append({"case": case.id, **scores})
     return {"labels": LABELS, "dice": summarise(results), "cases": results}
 
 
@@ -125,13 +120,6 @@ def _features_of(backbone: Backbone, item: LabelledCase, part: str) -> Any:
     """(voxels, C) of a case."""
     device = next(backbone.parameters()).device
     return features(backbone, item.image[None].to(device), part).flatten(1).T.float().cpu().numpy()
-
-
-def _dice(predicted: Any, label: Any) -> float | None:
-    """None where the label lacks the class, as in MONAI with `ignore_empty`."""
-    if not label.any():
-        return None
-    return round(float(2 * (predicted & label).sum() / (predicted.sum() + label.sum())), 6)
 
 
 def correspondence(backbone: Backbone, task: Task, store: Store, seed: int) -> dict[str, Any]:
@@ -181,9 +169,7 @@ def _queries(batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor,
 def _pairs(task: Task, store: Store, seed: int) -> Iterator[dict[str, Any]]:
     """Views of the test cases, one pair at a time, in the crop of fine-tuning."""
     test = draw_cases(store, labels=LABELS, seed=seed, test_cases=task.test_cases).test
-    appearance = AppearanceRanges(
-        order=["noise", "contrast", "gamma"], noise=Noise(), contrast=Contrast(), gamma=Gamma()
-    )
+    appearance = AppearanceRanges(order=["noise", "contrast", "gamma"])
     views = {
         "moving": View(appearance=appearance),
         "fixed": View(affine=AffineRanges(), elastic=ElasticRanges(), displacement=True),
@@ -198,5 +184,5 @@ def _pairs(task: Task, store: Store, seed: int) -> Iterator[dict[str, Any]]:
 def _distances(errors: Tensor) -> dict[str, float]:
     return {
         "right": round((errors <= RIGHT_VOXELS).float().mean().item(), 4),
-        "median_voxels": round(errors.median().item(), 3) if len(errors) else math.nan,
+        "median_voxels": round(errors.median().item(), 3),
     }

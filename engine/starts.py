@@ -2,7 +2,6 @@
 
 import json
 import platform
-import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from .errors import UserError
-from .versions import versions
+from .versions import commit, versions
 
 FILE = "starts.jsonl"
 
@@ -70,21 +69,3 @@ def device_name(kind: str) -> str:
             if line.startswith("model name"):
                 return f"{line.split(':', 1)[1].strip()} ({platform.machine()})"
     return platform.machine()
-
-
-def commit() -> str:
-    """Of the clone that this package runs from, with `+` where files differ from it; empty where it is no clone."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():  # a package in an environment inside somebody else's clone has none of its own
-        return ""
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=20,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return found.stdout.strip() if found.returncode == 0 else ""

@@ -77,7 +77,7 @@ class Mae(Method):
         image = batch["x"]
         # Without an exchange this batch is the whole one.
         shown = batch["shown"] if "shown" in batch else self.draw(len(image), self._when(step)).to(image.device)
-        restored, _ = self._restore(image, shown)
+        restored = self._restore(image, shown)
         hidden = ~shown.expand_as(image)
         target = image[hidden].to(restored.dtype)
         losses = {"restorative": functional.mse_loss(restored[hidden], target)}
@@ -113,7 +113,7 @@ class Mae(Method):
         image itself where it was shown (B, 1, *S)."""
         image = batch["x"]
         shown = self.draw(len(image), 0, image.shape[2:]).to(image.device)
-        restored, _ = self._restore(image, shown)
+        restored = self._restore(image, shown)
         restored = torch.where(shown, image.to(restored.dtype), restored)
         features = self.backbone(image)[1][-1]
         return {"features": features, "restored": restored, "input": image * shown, "target": image}
@@ -124,10 +124,10 @@ class Mae(Method):
     def untrained(self) -> list[str]:
         return self.backbone.untrained()
 
-    def _restore(self, image: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
+    def _restore(self, image: Tensor, shown: Tensor) -> Tensor:
         _, decoder_maps = self.backbone(image * shown)
         restored: Tensor = self.restoration_head(decoder_maps[-1])
-        return restored.to(torch.promote_types(restored.dtype, torch.float32)), decoder_maps[-1]
+        return restored.to(torch.promote_types(restored.dtype, torch.float32))
 
 
 def _grid(config: MaeConfig, size: Sequence[int]) -> list[int]:

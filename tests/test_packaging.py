@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_layout import USE_A_LOSS
 
 tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml takes Python 3.11")
 
@@ -141,17 +142,6 @@ def test_a_version_that_disagrees_is_seen(version: str, changelog: str, tags: li
 def test_the_changelog_keeps_to_its_form() -> None:
     sections = re.findall(r"^### (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert set(sections) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
-
-
-USE_A_LOSS = """
-import torch
-from voxtrast.kernels import vector_regression_loss
-prediction = torch.ones(1, 3, 4, 4, 4, requires_grad=True)
-loss = vector_regression_loss(prediction, torch.zeros(1, 3, 4, 4, 4), torch.ones(1, 1, 4, 4, 4))
-loss.backward()
-assert loss.item() == 3.0 and prediction.grad is not None
-print("loss", loss.item())
-"""
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ class OutputFolder:
         self.path, self.settings, self.files, self.sources = path, settings, files, sources
         records = self._records()
         self.present = set()
-        replaced = []
+        self._replaced: list[Path] = []
         for id, file in files.items():
             if not file.exists():
                 continue
@@ -53,7 +53,7 @@ class OutputFolder:
             if said:
                 raise UserError(said)
             if force:
-                replaced.append(file)
+                self._replaced.append(file)
             else:
                 self.present.add(id)
         if not records and not force:
@@ -62,8 +62,6 @@ class OutputFolder:
                     raise UserError(_unknown(foreign))
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for file in (*replaced, path / REJECTED):
-                file.unlink(missing_ok=True)
             (path / RECORD).touch()
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); name another folder") from error
@@ -100,14 +98,14 @@ class OutputFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Raises: UserError where another run writes into the folder."""
+        """What is replaced goes now. Raises: UserError where another run writes into the folder."""
         with open(self.path / LOCK, "w", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(f"{self.path}: another `voxtrast predict` writes into it; wait for its end") from None
-            for cut_off in self.path.glob(".*.partial.*"):
-                cut_off.unlink(missing_ok=True)
+            for file in (*self._replaced, self.path / REJECTED, *self.path.glob(".*.partial.*")):
+                file.unlink(missing_ok=True)
             yield
 
     def _record(self, id: str) -> dict[str, Any]:

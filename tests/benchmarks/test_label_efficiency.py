@@ -15,7 +15,7 @@ from voxtrast.benchmarks import label_efficiency, label_results
 from voxtrast.benchmarks.harness import append
 from voxtrast.benchmarks.label_efficiency import Bench, check_task, run
 from voxtrast.benchmarks.label_plan import PLAN, PLATEAU, SCRATCH, Job, Plan, Task, pretraining, read_plan, setting
-from voxtrast.benchmarks.voxel_probes import enlarged, match
+from voxtrast.benchmarks.voxel_probes import at_every_voxel, match
 from voxtrast.engine.data.splits import held_aside
 from voxtrast.engine.data.store import Store
 from voxtrast.engine.errors import UserError
@@ -230,7 +230,7 @@ def test_lines_of_another_plan_and_other_views_of_the_test_cases_are_not_mixed(
 
 def test_a_coarse_map_is_read_where_its_convolutions_are_centred() -> None:
     ramp = torch.arange(4.0).view(1, 1, 4, 1, 1).expand(1, 1, 4, 2, 2)
-    whole = enlarged(ramp, 2)
+    whole = at_every_voxel(ramp, 2)
     assert whole.shape == (1, 1, 8, 4, 4)
     assert whole[0, 0, :, 0, 0].tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3]
 

@@ -239,14 +239,14 @@ def test_a_label_that_cannot_be_read_costs_its_score_alone(thresholds: Path, tmp
     assert "does not exist" in summary.rejected[0].reason
 
 
-def test_two_runs_in_one_folder_are_refused(thresholds: Path, tmp_path: Path) -> None:
+def test_two_runs_in_one_folder_are_refused_and_remove_nothing(thresholds: Path, tmp_path: Path) -> None:
     raw, out = tmp_path / "raw", tmp_path / "out"
     write(raw, "a.nii.gz")
-    with (
-        OutputFolder(out, {}, {}, {}, force=False).locked(),
-        pytest.raises(UserError, match="another `voxtrast predict`"),
-    ):
-        run(thresholds, raw, out)
+    run(thresholds, raw, out)
+    other = OutputFolder(out, {}, {}, {}, force=False)
+    with other.locked(), pytest.raises(UserError, match="another `voxtrast predict`"):
+        run(thresholds, raw, out, force=True)
+    assert (out / "a.nii.gz").exists()
 
 
 def test_a_network_that_saw_no_mirrored_image_is_not_shown_any(
