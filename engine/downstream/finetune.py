@@ -30,6 +30,7 @@ from .training import Budget, train
 from .tuning import Plan, Tuning, layers_of
 
 RESULTS = "finetune.jsonl"
+FINETUNE_AUTOCAST = ("none", "bfloat16")
 VERSIONS = ("voxtrast", "torch", "monai", "dynamic-network-architectures")
 
 
@@ -46,6 +47,7 @@ def finetune(
     weight_decay: float = 1e-2,
     crop: tuple[int, int, int] | None = None,
     flips: bool = False,
+    autocast: str = "none",
     test_cases: int | None = None,
     freeze: str = "none",
     layer_decay: float = 1.0,
@@ -71,6 +73,7 @@ def finetune(
         steps, batch, learning_rate, weight_decay: see `Budget`.
         crop: (D, H, W) voxels, rounded up to multiples of the network's stride; default: the store's median shape.
         flips: mirror the axes at random. Off by default: organs and label names have sides.
+        autocast: "none", or "bfloat16" for mixed precision in training; the test is in float32.
         test_cases: how many cases of the store are held aside; default: the share that pretraining holds aside.
         freeze: "none", "encoder", or "encoder:STEPS" for the first steps alone.
         layer_decay: the learning rate of each layer is that of the one above it, from the head down to the stem,
@@ -100,9 +103,12 @@ def finetune(
     used.verify(contents=True)
     if min(steps, batch) < 1 or learning_rate <= 0:
         raise UserError(f"steps {steps}, batch {batch}, learning rate {learning_rate}: expected positive numbers")
+    if autocast not in FINETUNE_AUTOCAST:
+        raise UserError(f"--autocast {autocast}: expected {' or '.join(FINETUNE_AUTOCAST)}")
     # Of all cases, not of the drawn ones: the crop must not change with the seed.
     labelled = [case for case in data.cases if case.label_sha256 is not None]
-    budget = Budget(steps, batch, learning_rate, weight_decay, choose_crop(labelled, config.stride, crop), flips)
+    sides = choose_crop(labelled, config.stride, crop)
+    budget = Budget(steps, batch, learning_rate, weight_decay, sides, flips, autocast)
     tuning = Tuning(freeze, layer_decay, head_warmup)
     tuning.frozen_steps(steps)  # refuses what cannot be
     if from_scratch and not tuning.is_default:

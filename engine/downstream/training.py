@@ -26,6 +26,7 @@ from monai.transforms import (
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..precision import autocast, spare_small_maps
 from .cases import LabelledCase
 from .tuning import Plan
 
@@ -42,6 +43,7 @@ class Budget:
     weight_decay: float
     crop: tuple[int, int, int]
     flips: bool  # mirror each axis with probability 1/2: off where left and right differ
+    autocast: str = "none"  # none | bfloat16: of the network's forward and backward; the loss is float32
 
 
 def train(
@@ -69,6 +71,8 @@ def train(
     Raises: UserError where the loss is no longer a number.
     """
     network.train()
+    if budget.autocast != "none" and device.type == "cpu":
+        spare_small_maps(network)
     loss_function = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False, batch=True)
     rate, decay = budget.learning_rate, budget.weight_decay
     parameters: Any = network.parameters() if plan is None else plan.groups(decay)
@@ -84,7 +88,9 @@ def train(
             batch = [next(crops) for _ in range(budget.batch)]
             image = torch.stack([item["image"] for item in batch]).to(device)
             label = torch.stack([item["label"] for item in batch]).to(device)
-            loss = loss_function(network(image), label)
+            with autocast(budget.autocast, device):
+                logits = network(image)
+            loss = loss_function(logits.float(), label)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), GRADIENT_CLIP)
