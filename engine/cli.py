@@ -123,6 +123,7 @@ def finetune(
     learning_rate: Annotated[float, typer.Option(help="Highest rate of the one-cycle schedule.")] = 3e-3,
     crop: Annotated[str | None, typer.Option(help="D,H,W voxels; default the store's median shape.")] = None,
     flips: Annotated[bool, typer.Option("--flips", help="Mirror the axes at random.")] = False,
+    autocast: Annotated[str, typer.Option(help="none, or bfloat16: mixed precision in training.")] = "none",
     freeze: Annotated[str, typer.Option(help="none, encoder, or encoder:STEPS for the first steps alone.")] = "none",
     layer_decay: Annotated[float, typer.Option(help="Of the learning rate, layer by layer down to the stem.")] = 1.0,
     head_warmup: Annotated[int, typer.Option(help="Steps that train only what pretraining did not fill.")] = 0,
@@ -137,8 +138,9 @@ def finetune(
 
     run(
         weights, store, labels=labels, seed=seed, from_scratch=from_scratch, steps=steps, batch=batch,
-        learning_rate=learning_rate, crop=_three_numbers(crop), flips=flips, freeze=freeze, layer_decay=layer_decay,
-        head_warmup=head_warmup, overlap=overlap, mirror=mirror, surface=surface, device=device, output=output,
+        learning_rate=learning_rate, crop=_three_numbers(crop), flips=flips, autocast=autocast, freeze=freeze,
+        layer_decay=layer_decay, head_warmup=head_warmup, overlap=overlap, mirror=mirror, surface=surface,
+        device=device, output=output,
     )  # fmt: skip
 
 

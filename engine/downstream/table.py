@@ -23,7 +23,7 @@ from .tuning import Tuning
 
 SETTINGS = ("store_sha256", "backbone", "steps", "batch", "learning_rate", "weight_decay", "crop", "flips")
 # Settings that lines of before lack, with what was done then.
-LATER_SETTINGS = {"overlap": OVERLAP, "mirror": []}
+LATER_SETTINGS = {"overlap": OVERLAP, "mirror": [], "autocast": "none"}
 RESAMPLES = 10_000
 HEADINGS = ("labels", "arm", "seeds", "Dice", "per class", "difference to scratch", "95 % interval", "cases better")
 DISTANCE_HEADINGS = ("HD95 mm", "surface distance mm", "missed", "spurious")
@@ -186,14 +186,15 @@ def _key(line: dict[str, Any]) -> tuple[str, int, str, int]:
     values = [line[name] for name in SETTINGS]
     later = {name: line[name] for name, before in LATER_SETTINGS.items() if line.get(name, before) != before}
     exact = json.dumps([values, cases, *([later] if later else [])], sort_keys=True)
-    inference = "".join(
-        [f", overlap {later['overlap']:g}" if "overlap" in later else "",
+    told = "".join(
+        [f", {later['autocast']}" if "autocast" in later else "",
+         f", overlap {later['overlap']:g}" if "overlap" in later else "",
          f", mirrored {','.join(AXES[axis] for axis in later['mirror'])}" if "mirror" in later else ""]
     )  # fmt: skip
     setting = (
         f"{Path(line['store']).name}: {len(cases)} test cases, {backbone['architecture']} {features}, "
         f"{line['steps']} steps of {line['batch']} crops {'x'.join(map(str, line['crop']))}, "
-        f"learning rate {line['learning_rate']:g}{inference} (setting {_checksum(exact)})"
+        f"learning rate {line['learning_rate']:g}{told} (setting {_checksum(exact)})"
     )
     arm = "scratch"
     if line["arm"] == "pretrained":

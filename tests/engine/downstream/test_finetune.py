@@ -82,6 +82,16 @@ def test_a_repetition_on_the_cpu_gives_the_same_numbers(weights: Path, store: St
     assert Path(first["model"]).read_bytes() == Path(second["model"]).read_bytes()
 
 
+def test_mixed_precision_learns_as_float32_does_and_saves_float32(weights: Path, store: Store, tmp_path: Path) -> None:
+    exact, mixed = (run(weights, store, autocast=name, output=tmp_path / name) for name in ("none", "bfloat16"))
+    assert (exact["autocast"], mixed["autocast"]) == ("none", "bfloat16")
+    # Half a unit in the last place of eight bits, summed over layers: near, and not the same.
+    assert mixed["loss"]["first"] == pytest.approx(exact["loss"]["first"], rel=0.02)
+    assert mixed["loss"]["first"] != exact["loss"]["first"]
+    assert mixed["dice"]["mean"] > 0.4
+    assert {tensor.dtype for tensor in load_weights(mixed["model"])[0].values()} == {torch.float32}
+
+
 def test_the_saved_model_predicts_what_was_scored(weights: Path, store: Store) -> None:
     line = run(weights, store, steps=6)
     assert line["model"].endswith("pretrained-labels3-seed0.safetensors")
@@ -164,6 +174,8 @@ def test_a_run_measures_distances_in_millimetres_unless_told_not_to(weights: Pat
 def test_bad_settings_are_refused(weights: Path, store: Store, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected positive numbers"):
         run(weights, store, steps=0)
+    with pytest.raises(UserError, match="--autocast float16: expected none or bfloat16"):
+        run(weights, store, autocast="float16")
     with pytest.raises(UserError, match="device 'abacus': not usable here"):
         run(weights, store, device="abacus")
     with pytest.raises(UserError, match="is not a store"):

@@ -147,6 +147,8 @@ def test_how_the_pretrained_tensors_were_tuned_names_an_arm_and_how_the_test_was
     mirrored = label_table([usual, line("pretrained", 0, [0.5], mirror=[0, 2], overlap=0.25)])
     assert len({row.setting for row in mirrored}) == 2
     assert any("overlap 0.25, mirrored d,w" in row.setting for row in mirrored)
+    mixed = label_table([usual, line("pretrained", 0, [0.5], autocast="bfloat16")])
+    assert ["bfloat16" in row.setting for row in mixed].count(True) == 1
 
 
 def test_a_broken_or_missing_file_is_named(tmp_path: Path) -> None:
