@@ -7,10 +7,8 @@ import torch
 from torch import nn
 
 from .cases import LabelledCase
-from .inference import OVERLAP, predict
-from .scoring import mean_of, score, summarise
-
-__all__ = ["evaluate", "mean_of", "predict", "summarise"]
+from .inference import OVERLAP, predict_logits
+from .scoring import score
 
 
 def evaluate(
@@ -39,8 +37,8 @@ def evaluate(
     results: list[dict[str, Any]] = []
     for item in cases:
         background = item.case.intensity["background"]
-        prediction = predict(network, item.image, crop, background, device, overlap=overlap, mirror=mirror)
-        scores = score(prediction[0].numpy(), item.label[0].numpy(), classes, item.case.spacing_mm, surface)
+        logits = predict_logits(network, item.image, crop, background, device, overlap=overlap, mirror=mirror)
+        scores = score(logits.argmax(dim=0).numpy(), item.label[0].numpy(), classes, item.case.spacing_mm, surface)
         results.append({"case": item.case.id, **scores})
         report(item.case.id)
     return results

@@ -95,6 +95,8 @@ def finetune(
     tensors, description = load_weights(source)
     if description.get("kind") == SEGMENTATION:
         raise UserError(f"{source}: is a fine-tuned model; give the weights of a pretraining")
+    if "module" in description:
+        raise UserError(f"{source}: holds {description['module']!r} of a network alone; give the run that it is from")
     config = _backbone(source, description)
     data = Store(Path(store))
     split = draw_cases(data, labels=labels, seed=seed, test_cases=test_cases)

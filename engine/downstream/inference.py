@@ -13,21 +13,6 @@ AXES = "dhw"  # toward superior, anterior, right
 OVERLAP = 0.5
 
 
-def predict(
-    network: nn.Module,
-    image: Tensor,
-    crop: tuple[int, ...],
-    background: float,
-    device: torch.device,
-    *,
-    overlap: float = OVERLAP,
-    mirror: tuple[int, ...] = (),
-) -> Tensor:
-    """Class indices of a whole volume, (1, D, H, W) int64 on the CPU; arguments as for `predict_logits`."""
-    logits = predict_logits(network, image, crop, background, device, overlap=overlap, mirror=mirror)
-    return logits.argmax(dim=0, keepdim=True)
-
-
 def predict_logits(
     network: nn.Module,
     image: Tensor,

@@ -17,7 +17,7 @@ from ...methods import Method, build_network
 from ...methods.backbone import BackboneConfig
 from ...methods.views import ViewSpec
 from ..data.store import Case, Store
-from ..downstream.evaluation import predict
+from ..downstream.inference import predict_logits
 from ..errors import UserError
 from ..runs import LoadedRun, build_method
 from ..validation_views import validation_views
@@ -262,14 +262,14 @@ def segmentations(lines: Sequence[Line]) -> Segmentation:
         classes = numpy.asarray(description["classes"])
         network = build_network(BackboneConfig.from_dict(description["backbone"]), len(classes))
         network.load_state_dict(tensors, strict=False)  # decoder.encoder.* are the tensors of encoder.*
-        found = predict(
+        logits = predict_logits(
             network,
             torch.from_numpy(image)[None],
             tuple(description["crop"]),
             case.intensity["background"],
             torch.device("cpu"),
         )
-        predictions[arm] = classes[_numpy(found[0])]
+        predictions[arm] = classes[_numpy(logits.argmax(dim=0))]
     return Segmentation(
         name, frame_of(case.affine, case.spacing_mm), image, numpy.asarray(store.label(case)), predictions
     )

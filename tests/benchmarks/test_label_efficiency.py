@@ -33,7 +33,8 @@ SMALL = {
             "classes": {1: "bright"},
             "spacing_mm": 1.0,
             "test_cases": 2,
-            "finetune": {"steps": 2, "batch": 1, "learning_rate": 0.003, "crop": [16, 16, 16]},
+            "finetune": {"steps": 2, "batch": 1, "learning_rate": 0.003, "crop": [16, 16, 16], "autocast": "none"},
+            "finetune_pretrained": {"head_warmup": 1},
             "plateau_steps": 3,
             "pretrain": {"mae": ["views.crop=[16,16,16]"], "pcl": ["views.crop=[8,16,16]"]},
         }
@@ -99,6 +100,9 @@ def test_a_result_counts_for_what_was_set_when_it_was_made(bench: Bench) -> None
     rate = changed(finetune={**task.finetune, "learning_rate": 0.1})
     assert setting(rate, tuned, False) != setting(plan, tuned, False)
     assert pretraining(rate, tuned, False) == pretraining(plan, tuned, False)  # the same weights
+    gentle = changed(finetune_pretrained={"layer_decay": 0.5})
+    assert setting(gentle, tuned, False) != setting(plan, tuned, False)
+    assert setting(gentle, scratch, False) == setting(plan, scratch, False)
     assert setting(plan, tuned, True) != setting(plan, tuned, False)
     assert setting(plan, scratch, True) == setting(plan, scratch, False)
 

@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from voxtrast.engine.data.store import Store
 from voxtrast.engine.downstream.cases import LabelledCase, read_case
-from voxtrast.engine.downstream.evaluation import evaluate, predict, summarise
+from voxtrast.engine.downstream.evaluation import evaluate
+from voxtrast.engine.downstream.inference import predict_logits
+from voxtrast.engine.downstream.scoring import summarise
 
 CPU = torch.device("cpu")
 
@@ -21,8 +23,8 @@ class Threshold(nn.Module):
 @pytest.mark.parametrize("size", [(5, 17, 33), (16, 16, 16), (40, 9, 20)])
 def test_prediction_covers_volumes_smaller_and_larger_than_the_window(size: tuple[int, ...]) -> None:
     image = torch.rand(1, *size, generator=torch.Generator().manual_seed(0))
-    prediction = predict(Threshold(), image, (16, 16, 16), background=0.0, device=CPU)
-    assert torch.equal(prediction, (image > 0.5).long())
+    logits = predict_logits(Threshold(), image, (16, 16, 16), background=0.0, device=CPU)
+    assert torch.equal(logits.argmax(dim=0, keepdim=True), (image > 0.5).long())
 
 
 def test_dice_equals_the_formula_and_a_class_that_is_absent_has_none(store: Store) -> None:

@@ -10,9 +10,10 @@ import torch
 
 from voxtrast.engine.data.store import VOLUMES, Store
 from voxtrast.engine.downstream.cases import read_case
-from voxtrast.engine.downstream.evaluation import predict
 from voxtrast.engine.downstream.finetune import finetune
+from voxtrast.engine.downstream.inference import predict_logits
 from voxtrast.engine.errors import UserError
+from voxtrast.engine.export import export
 from voxtrast.engine.weights import load_weights, save_weights
 from voxtrast.methods.backbone import BackboneConfig, build_network
 
@@ -103,9 +104,8 @@ def test_the_saved_model_predicts_what_was_scored(weights: Path, store: Store) -
     network.load_state_dict(tensors, strict=False)
     case = next(case for case in store.cases if case.id == line["cases"][0]["case"])
     item = read_case(store, case, (0, 2, 5))
-    prediction = predict(
-        network, item.image, tuple(description["crop"]), case.intensity["background"], torch.device("cpu")
-    )
+    crop, background = tuple(description["crop"]), case.intensity["background"]
+    prediction = predict_logits(network, item.image, crop, background, torch.device("cpu")).argmax(0, keepdim=True)
     both = ((prediction == 1) & (item.label == 1)).sum()
     dice = 2 * both / ((prediction == 1).sum() + (item.label == 1).sum())
     assert dice.item() == pytest.approx(line["cases"][0]["dice"]["2"], abs=1e-6)
@@ -154,6 +154,12 @@ def test_weights_of_another_width_than_they_say_are_refused_by_name(weights: Pat
     save_weights(weights, tensors, {**description, "backbone": backbone})
     with pytest.raises(UserError, match=r"weights.safetensors: the weights do not fit .*of another shape: encoder"):
         run(weights, store)
+
+
+def test_an_exported_encoder_is_refused_by_what_it_is(weights: Path, store: Store, tmp_path: Path) -> None:
+    export(weights.parent, "encoder", tmp_path / "encoder.safetensors")
+    with pytest.raises(UserError, match=r"encoder.safetensors: holds 'encoder' of a network alone; give the run"):
+        run(tmp_path / "encoder.safetensors", store)
 
 
 def test_a_run_measures_distances_in_millimetres_unless_told_not_to(weights: Path, store: Store) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from voxtrast.engine.downstream.evaluation import summarise
+from voxtrast.engine.downstream.scoring import summarise
 from voxtrast.engine.downstream.table import label_table, read_lines, to_markdown, to_rich
 from voxtrast.engine.errors import UserError
 from voxtrast.methods.backbone import BackboneConfig
