@@ -22,13 +22,13 @@ from .voxel_probes import probe
 
 # Of a fine-tuning's line: what it computed, without the paths and names of this machine.
 KEPT = ("labels", "seed", "steps", "batch", "learning_rate", "weight_decay", "crop", "flips", "autocast",
-        "head_warmup", "layer_decay", "dice", "hd95", "surface_distance", "cases", "train_cases", "classes", "loss",
-        "seconds", "training_seconds", "weights_sha256", "threads")  # fmt: skip
+        "dice", "hd95", "surface_distance", "cases", "train_cases", "classes", "loss", "seconds", "training_seconds",
+        "weights_sha256", "threads")  # fmt: skip
 
 
 def tune(plan: Plan, task: Task, job: Job, store: Path, run: Path | None, device: str) -> dict[str, Any]:
     """The line of a fine-tuning."""
-    settings = task.finetune | (task.finetune_pretrained if run else {})
+    settings = dict(task.finetune)
     if job.arm == PLATEAU:
         settings["steps"] = task.plateau_steps
     with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,6 @@ from voxtrast.methods import recipe_names
 PLAN = "label_efficiency.yaml"
 SCRATCH, PLATEAU = "scratch", "scratch to its plateau"
 FINETUNE = {"steps", "batch", "learning_rate", "crop", "autocast"}
-PRETRAINED = {"learning_rate", "head_warmup", "layer_decay"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,6 @@ class Task:
     spacing_mm: float
     test_cases: int  # held aside, of all arms and of pretraining
     finetune: dict[str, Any]
-    finetune_pretrained: dict[str, Any]  # in place of those, for arms with pretraining
     plateau_steps: int
     pretrain: dict[str, list[str]]  # by method
 
@@ -97,8 +95,6 @@ def setting(plan: Plan, job: Job, transductive: bool) -> str:
     """Checksum of all that decides a result but code and volumes: lines of another setting are not of this plan."""
     task = asdict(plan.tasks[job.task])
     task.pop("pretrain")
-    if job.arm in (SCRATCH, PLATEAU):
-        task.pop("finetune_pretrained")
     if job.arm != PLATEAU:
         task.pop("plateau_steps")
     return _checksum([task, plan.backbone, pretraining(plan, job, transductive)])
@@ -126,9 +122,6 @@ def read_plan(path: Path | None = None) -> Plan:
     plan = Plan(**{**values, "tasks": tasks})
     for task in tasks.values():
         _exactly(task.finetune, FINETUNE, f"{source}: tasks.{task.name}.finetune")
-        if unknown := set(task.finetune_pretrained) - PRETRAINED:
-            where = f"{source}: tasks.{task.name}.finetune_pretrained"
-            raise UserError(f"{where}: expected some of {', '.join(sorted(PRETRAINED))}, found {sorted(unknown)}")
         for method in task.pretrain:
             if f"{method}-tiny" not in recipe_names():
                 raise UserError(f"{source}: tasks.{task.name}.pretrain: there is no recipe {method}-tiny")

@@ -95,9 +95,11 @@ def _about(lines: Sequence[Line]) -> str:
     steps = sorted({line["steps"] for line in tuned})
     hours = sum(line["seconds"] for line in tuned) / 3600
     crop = "x".join(map(str, first["crop"]))
+    rates = " or ".join(f"{rate:g}" for rate in sorted({line["learning_rate"] for line in tuned}))
     return (
         f"{len(first['cases'])} test cases, {' or '.join(map(str, steps))} steps of {first['batch']} crops {crop}, "
-        f"{len(tuned)} fine-tunings of {hours:.1f} h in all, {', '.join(dict.fromkeys(x['device'] for x in tuned))}"
+        f"learning rate {rates}, {len(tuned)} fine-tunings of {hours:.1f} h in all, "
+        f"{', '.join(dict.fromkeys(x['device'] for x in tuned))}"
     )
 
 
