@@ -289,7 +289,6 @@ def test_the_page_start_works_as_it_stands(tmp_path: Path, tiny_store: Path) -> 
             exec(compile(script.text.replace("RUN/", f"{tmp_path}/RUN/"), str(script), "exec"), {})
 
 
-@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="the extra docs is not installed")
     run(

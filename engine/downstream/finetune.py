@@ -70,7 +70,10 @@ def finetune(
         store: a prepared store with labels.
         labels: number of labelled training cases.
         seed: of the cases drawn, the initial weights, the crops and the augmentations.
-        steps, batch, learning_rate, weight_decay: see `Budget`.
+        steps: of training, in both arms.
+        batch: crops a step.
+        learning_rate: the one-cycle schedule's highest.
+        weight_decay: AdamW's.
         crop: (D, H, W) voxels, rounded up to multiples of the network's stride; default: the store's median shape.
         flips: mirror the axes at random. Off by default: organs and label names have sides.
         autocast: "none", or "bfloat16" for mixed precision in training; the test is in float32.
