@@ -16,7 +16,7 @@ Volume = NDArray[Any]
 
 MOST_SLICES = 24  # of one direction; of a larger volume every second or third is there, so that the page stays small
 QUALITY = 80  # of JPEG
-WIDEST_PX = 230
+LONGEST_PX = 300  # of the volume's longest side where there is room; all planes are on one scale
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ def leaf_through(name: str, frame: Frame, tiles: Sequence[Tile], centre: Sequenc
         tiles: volumes of equal (*S).
         centre: the voxel through which the first slices go; default the middle of what is bright in the first.
     """
+    sides_mm = [size * spacing for size, spacing in zip(tiles[0].volume.shape, frame.spacing_mm, strict=False)]
     middle = list(centre) if centre is not None else centre_of(tiles[0].volume)
     pixels = [_pixels(tile, tile.volume.ndim > frame.dimensions) for tile in tiles]
     rows = []
@@ -47,11 +48,15 @@ def leaf_through(name: str, frame: Frame, tiles: Sequence[Tile], centre: Sequenc
             _tile(f"{name}, {tile.title}, {plane.name}", tile.title, each, plane, places, shown, frame)
             for tile, each in zip(tiles, pixels, strict=True)
         ]
-        rows.append(_row(name, plane, drawn, places, shown, tiles[0].volume.shape))
+        width = sides_mm[plane.horizontal] / max(sides_mm)
+        rows.append(_row(name, plane, drawn, places, shown, tiles[0].volume.shape, width))
     return "".join(rows)
 
 
-def _row(name: str, plane: Plane, drawn: list[str], places: list[int], shown: int, shape: tuple[int, ...]) -> str:
+def _row(
+    name: str, plane: Plane, drawn: list[str], places: list[int], shown: int, shape: tuple[int, ...], width: float
+) -> str:
+    """`width`: of the plane, a share of the volume's longest side."""
     slider = ""
     if plane.axis is not None and len(places) > 1:
         slider = (
@@ -59,7 +64,7 @@ def _row(name: str, plane: Plane, drawn: list[str], places: list[int], shown: in
             f'data-places="{" ".join(str(place + 1) for place in places)}" data-size="{shape[plane.axis]}" '
             f'aria-label="{escape(f"{name}, {plane.name} slice")}"><output></output></label>'
         )
-    columns = f"--tiles:{len(drawn)};--widest:{WIDEST_PX}px"
+    columns = f"--tiles:{len(drawn)};--longest:{LONGEST_PX}px;--width:{width:.4g}"
     return (
         f'<div class="plane"><p>{escape(plane.name)}</p><div class="tiles" style="{columns}">{"".join(drawn)}</div>'
         f"{slider}</div>"

@@ -82,6 +82,24 @@ def test_without_scripts_the_sliders_are_hidden(path: Path, tmp_path: Path) -> N
     assert len(re.findall(r'<label class="slider" hidden="">', elements)) == 3
 
 
+def test_planes_share_a_scale_where_there_is_room_and_fit_where_there_is_little(path: Path, tmp_path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    measure = (
+        'document.title = [...document.querySelectorAll(".window")].map(e => e.getBoundingClientRect())'
+        '.map(r => `${Math.round(r.width)}x${Math.round(r.height)}`).join(" ");</script>'
+    )
+    sizes = {}
+    for name, width in (("wide", 1200), ("phone", 190)):
+        page_of = tmp_path / f"{name}.html"
+        page_of.write_text(text.replace("</script>", measure).replace("<main", f'<main style="width:{width}px"', 1))
+        elements, said, _ = open_page(page_of, tmp_path, "--window-size=1280,900")
+        assert said == ""
+        sizes[name] = re.findall(r"<title>(.*?)</title>", elements)[0].split(" ")
+    # 6 x 8 x 10 voxels, two volumes: 300 px for ten of them; with 190 px in all, half of what two tiles leave
+    assert sizes["wide"] == ["300x240"] * 2 + ["300x180"] * 2 + ["240x180"] * 2
+    assert sizes["phone"] == ["91x73"] * 2 + ["91x55"] * 2 + ["76x57"] * 2
+
+
 def test_a_slider_moves_every_volume_of_its_plane(path: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved.html"
     move = 'const i = document.querySelector("input"); i.value = 4; i.dispatchEvent(new Event("input"));</script>'

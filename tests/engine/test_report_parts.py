@@ -44,6 +44,13 @@ def test_a_strip_holds_the_slices_with_the_top_of_the_body_above() -> None:
     assert "slice 3" in html  # the axial slice in which it is bright
 
 
+def test_the_planes_of_a_volume_are_on_one_scale() -> None:
+    narrow = np.ones((20, 10, 8), np.float32)
+    html = leaf_through("case", frame_of(RAS, (4.0, 4.0, 2.0)), [Tile("image", narrow, (0.0, 1.0))])
+    # axial and coronal planes: 16 mm wide, sagittal ones 40 mm, of the longest side's 80 mm
+    assert re.findall(r"--width:([0-9.]+)", html) == ["0.2", "0.2", "0.5"]
+
+
 def test_of_a_large_volume_some_slices_are_left_out() -> None:
     volume = np.zeros((100, 8, 8), np.float32)
     html = leaf_through("case", frame_of(RAS, (1.0, 1.0, 1.0)), [Tile("image", volume, (0.0, 1.0))], centre=(50, 4, 4))
