@@ -76,7 +76,7 @@ def score_files(prediction: Path, label: Path, classes: tuple[int, ...], surface
     first, second = (np.searchsorted(classes, values).astype(np.uint16) for values in (found.values, wanted))
     try:
         return score(first, second, classes, found.spacing_mm.tolist(), surface)
-    except (MemoryError, RuntimeError) as error:  # torch's allocator, and its limit on what it sorts
+    except (MemoryError, RuntimeError) as error:  # torch's allocator raises the second
         reason = f"cannot be scored ({(str(error).splitlines() or ['memory ran out'])[0]})"
         raise RejectedError(reason, "use --no-surface, or a machine with more memory") from error
 
