@@ -18,6 +18,8 @@ Line = dict[str, Any]
 KEY = ("kind", "task", "arm", "labels", "seed", "setting")  # what makes two lines the same run
 BASELINES = (SCRATCH, "mae")  # that the others are compared with
 TUNED = ("labels", "arm", "seeds", "Dice", "classes", "difference to scratch", "cases better", "difference to MAE")
+FEW = 8  # labels at most: what pretraining is for, and what the rows of all such numbers together are about
+TOGETHER = ("arm", "seeds", "difference to scratch", "cases better", "difference to MAE")
 PROBED = ("arm", "seeds", "linear, encoder", "linear, all maps", "matches, encoder", "matches, all maps")
 COST = ("arm", "steps", "samples", "pretraining, min", "loss", "tensors not reached")
 
@@ -84,7 +86,12 @@ def tables(lines: Sequence[Line]) -> str:
 
 
 def _sections(lines: Sequence[Line]) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
-    return [(TUNED, _tuned_rows(lines)), (PROBED, _probed_rows(lines)), (COST, _cost_rows(lines))]
+    return [
+        (TUNED, _tuned_rows(lines)),
+        (TOGETHER, _together_rows(lines)),
+        (PROBED, _probed_rows(lines)),
+        (COST, _cost_rows(lines)),
+    ]
 
 
 def _about(lines: Sequence[Line]) -> str:
@@ -145,6 +152,33 @@ def _tuned_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
     return rows
 
 
+def few_labels(lines: Sequence[Line]) -> list[int]:
+    return sorted({line["labels"] for line in lines if line["kind"] == "finetune" and line["labels"] <= FEW})
+
+
+def _together_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
+    """Differences averaged over the small numbers of labels, of the seeds that have all of them."""
+    counts = few_labels(lines)
+    if len(counts) < 2:
+        return []
+    every = {arm: _averaged([runs_of(lines, labels, arm) for labels in counts]) for arm in arms_of(lines)}
+    rows: list[tuple[str, ...]] = []
+    for arm, runs in every.items():
+        compared = [_difference(runs, every.get(base, {})) if arm != base else ("", "") for base in BASELINES]
+        if any(difference for difference, _ in compared):
+            rows.append((arm, str(len(runs)), *compared[0], compared[1][0]))
+    return rows
+
+
+def _averaged(runs: Sequence[dict[int, Line]]) -> dict[int, Line]:
+    """By seed, the cases of several runs in one, each with its mean Dice over the runs."""
+    found: dict[int, Line] = {}
+    for seed in sorted(set.intersection(*map(set, runs))):
+        cases = [{case["case"]: case["mean"] for case in each[seed]["cases"]} for each in runs]
+        found[seed] = {"cases": [{"case": name, "mean": _mean(case[name] for case in cases)} for name in cases[0]]}
+    return found
+
+
 def _mean(values: Iterable[float | None]) -> float | None:
     """Of what is there: a class that no test case has got no number."""
     there = [value for value in values if value is not None]
@@ -198,8 +232,9 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     note = (
         f"\n\nmatches: share of voxels found within {RIGHT_VOXELS:g} voxels in the other view" if head is PROBED else ""
     )
+    above = f"{FEW} labels and fewer, all numbers together:\n\n" if head is TOGETHER else ""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + note
+    return above + "\n".join("| " + " | ".join(line) + " |" for line in lines) + note
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:
