@@ -18,8 +18,8 @@ Line = dict[str, Any]
 KEY = ("kind", "task", "arm", "labels", "seed", "setting")  # what makes two lines the same run
 BASELINES = (SCRATCH, "mae")  # that the others are compared with
 TUNED = ("labels", "arm", "seeds", "Dice", "classes", "difference to scratch", "cases better", "difference to MAE")
-FEW = 8  # labels at most: what pretraining is for, and what the rows of all such numbers together are about
-TOGETHER = ("arm", "seeds", "difference to scratch", "cases better", "difference to MAE")
+FEW = 8  # labels at most: what pretraining is for; differences are told for all such numbers together as well
+TOGETHER = ("labels together", "arm", "seeds", "difference to scratch", "cases better", "difference to MAE")
 PROBED = ("arm", "seeds", "linear, encoder", "linear, all maps", "matches, encoder", "matches, all maps")
 COST = ("arm", "steps", "samples", "pretraining, min", "loss", "tensors not reached")
 
@@ -152,13 +152,9 @@ def _tuned_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
     return rows
 
 
-def few_labels(lines: Sequence[Line]) -> list[int]:
-    return sorted({line["labels"] for line in lines if line["kind"] == "finetune" and line["labels"] <= FEW})
-
-
 def _together_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
     """Differences averaged over the small numbers of labels, of the seeds that have all of them."""
-    counts = few_labels(lines)
+    counts = sorted({line["labels"] for line in lines if line["kind"] == "finetune" and line["labels"] <= FEW})
     if len(counts) < 2:
         return []
     every = {arm: _averaged([runs_of(lines, labels, arm) for labels in counts]) for arm in arms_of(lines)}
@@ -166,7 +162,7 @@ def _together_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
     for arm, runs in every.items():
         compared = [_difference(runs, every.get(base, {})) if arm != base else ("", "") for base in BASELINES]
         if any(difference for difference, _ in compared):
-            rows.append((arm, str(len(runs)), *compared[0], compared[1][0]))
+            rows.append((" + ".join(map(str, counts)), arm, str(len(runs)), *compared[0], compared[1][0]))
     return rows
 
 
@@ -232,9 +228,8 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     note = (
         f"\n\nmatches: share of voxels found within {RIGHT_VOXELS:g} voxels in the other view" if head is PROBED else ""
     )
-    above = f"{FEW} labels and fewer, all numbers together:\n\n" if head is TOGETHER else ""
     lines = [head, ["---"] * len(head), *rows]
-    return above + "\n".join("| " + " | ".join(line) + " |" for line in lines) + note
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + note
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:
