@@ -130,7 +130,7 @@ def finetune(
     overlap: Annotated[float, typer.Option(help="Of neighbouring windows at the test.")] = 0.5,
     mirror: Annotated[str, typer.Option(help="Axes to mirror at the test: d,h,w, or one of them.")] = "",
     surface: Annotated[bool, typer.Option(help="Measure distances between surfaces beside the Dice.")] = True,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu or cuda.")] = "auto",
     output: Annotated[Path | None, typer.Option(help="Folder for finetune.jsonl and the models.")] = None,
 ) -> None:
     """Fine-tune for segmentation with few labels; measure Dice and surface distances on the cases held aside."""
@@ -153,7 +153,7 @@ def predict(
     overlap: Annotated[float, typer.Option(help="Of neighbouring windows.")] = 0.5,
     mirror: Annotated[str, typer.Option(help="Axes to mirror: d,h,w, or one of them.")] = "",
     surface: Annotated[bool, typer.Option(help="Score distances between surfaces beside the Dice.")] = True,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu or cuda.")] = "auto",
     timeout_s: Annotated[float, typer.Option(help="An image that takes longer to read is given up.")] = 3600.0,
     force: Annotated[bool, typer.Option("--force", help="Replace labels of another model or unknown origin.")] = False,
 ) -> None:

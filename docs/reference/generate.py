@@ -112,7 +112,8 @@ class Word:
 
     def row(self) -> tuple[str, ...]:
         needed, flag = self.default is inspect.Parameter.empty, self.kind is bool
-        default = "needed" if needed else "" if flag or self.default is None else f"`{self.default}`"
+        silent = self.default is None or self.default is False or self.default == ""
+        default = "needed" if needed else "" if silent else "`on`" if flag else f"`{self.default}`"
         kind = "flag" if flag else f"{type_name(self.kind).replace('pathlib.', '').replace(' or null', '')}"
         return (
             f"`{self.shown}`",
@@ -132,7 +133,8 @@ def words_of(callback: Callable[..., Any]) -> Iterator[Word]:
         if option:
             # typer takes the first name for the default, as it stands there outside of Annotated
             named = [each for each in (about.default, *(about.param_decls or ())) if str(each).startswith("-")]
-            shown = ", ".join(named or [f"--{name.replace('_', '-')}"])
+            own = name.replace("_", "-")
+            shown = ", ".join(named or [f"--{own} / --no-{own}" if kind is bool and default is True else f"--{own}"])
         else:
             shown = about.metavar or name.upper() + ("..." if get_origin(kind) is list else "")
             shown = shown if default is inspect.Parameter.empty or about.metavar else f"[{shown}]"

@@ -61,7 +61,8 @@ def draw_cases(store: Store, *, labels: int, seed: int, test_cases: int | None =
     if not any(case.label_classes for case in test):
         raise UserError(
             f"{store.path}: none of the {len(aside)} cases held aside for the test has labelled voxels; "
-            f"label one of {', '.join(sorted(case.id for case in aside)[:5])}, or hold more aside"
+            f"label one of {', '.join(sorted(case.id for case in aside)[:5])}, or prepare the labelled cases as "
+            f"a store of their own"
         )
     if labels > len(pool):
         raise UserError(

@@ -56,7 +56,7 @@ def finetune(
     mirror: str = "",
     surface: bool = True,
     output: Path | str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Trains on `labels` cases of the store, tests on the cases held aside, appends one line to `finetune.jsonl`.
@@ -86,7 +86,7 @@ def finetune(
         mirror: axes to mirror at the test, as "w" or "d,h,w".
         surface: measure distances between surfaces beside the Dice.
         output: folder of the results; default: `finetune` beside the weights.
-        device: a torch device.
+        device: a torch device, or auto: the GPU where there is one.
         progress: show progress bars.
 
     Returns: the line that was appended.

@@ -91,7 +91,12 @@ def check_overlap(overlap: float) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """Raises: UserError where it cannot be computed on."""
+    """A torch device by its name; auto: the GPU where there is one, else the CPU.
+
+    Raises: UserError where it cannot be computed on.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

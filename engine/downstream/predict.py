@@ -70,7 +70,7 @@ def predict(
     overlap: float = OVERLAP,
     mirror: str = "",
     surface: bool = True,
-    device: str = "cpu",
+    device: str = "auto",
     timeout_s: float = 3600.0,
     force: bool = False,
     progress: bool = True,
@@ -85,7 +85,7 @@ def predict(
         overlap: of neighbouring windows, a share of their sides.
         mirror: axes to mirror, as "w" or "d,h,w".
         surface: score distances between surfaces beside the Dice.
-        device: a torch device, of the network.
+        device: a torch device, of the network, or auto: the GPU where there is one.
         timeout_s: an image that takes longer to read and resample is given up.
         force: replace what `output` holds from another model or other settings, or of unknown origin.
         progress: show a bar on standard error.

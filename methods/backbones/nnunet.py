@@ -1,9 +1,9 @@
 """The U-Nets of nnU-Net (`dynamic-network-architectures`): plain, with a residual encoder, and presets of that."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -12,7 +12,7 @@ from .architecture import Architecture, RunPart, require
 if TYPE_CHECKING:
     from ..backbone import BackboneConfig
 
-CLASSES: dict[str, Any] = {"PlainConvUNet": PlainConvUNet, "ResidualEncoderUNet": ResidualEncoderUNet}
+MODULE = "dynamic_network_architectures.architectures.unet"
 
 # Widths and blocks by dimensions. nnU-Net's ResEnc M, L and XL are budgets of 8, 24 and 40 GB, not networks: all
 # have 32 channels, doubled a level up to 320 (512 in 2-D), (1, 3, 4, 6, 6, 6, ...) blocks down and 1 up, and as many
@@ -46,8 +46,7 @@ class NnUNet(Architecture):
     norms = ("batch", "group", "instance")
 
     def __init__(self, name: str) -> None:
-        self.network_class = CLASSES[name]
-        self.class_name = f"{self.network_class.__module__}.{name}"
+        self.class_name = f"{MODULE}.{name}"
         self.blocks_option = "n_conv_per_stage" if name == "PlainConvUNet" else "n_blocks_per_stage"
 
     def own_values(self, config: "BackboneConfig") -> dict[str, Any]:
@@ -86,8 +85,10 @@ class NnUNet(Architecture):
             "nonlin_kwargs": {"negative_slope": config.negative_slope, "inplace": True},
             "deep_supervision": False,
         }
-        network: nn.Module = self.network_class(**options)
-        network.apply(self.network_class.initialize)
+        # Imported late: losses, recipes and benchmarks of the operators do without the library.
+        network_class: Any = getattr(importlib.import_module(MODULE), self.class_name.rpartition(".")[2])
+        network: nn.Module = network_class(**options)
+        network.apply(network_class.initialize)
         return network
 
     def encode(self, network: Any, image: Tensor) -> list[Tensor]:

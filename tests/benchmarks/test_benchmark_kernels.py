@@ -1,6 +1,8 @@
 """That the benchmarks compare like with like; not how fast anything is."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -171,3 +173,17 @@ def test_a_gpu_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit, match="2"):
         main(["--device", "cuda"])
     assert "finds no CUDA device" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_the_kernels_asks_for_torch_and_nothing_that_the_engine_brings() -> None:
+    """Who takes the losses alone measures them alone, and so does a machine with a GPU and no network."""
+    absent = ["deepspeed", "dynamic_network_architectures", "matplotlib", "monai", "numpy", "nvidia.dali", "omegaconf",
+              "rich", "safetensors", "scipy", "typer", "yaml"]  # fmt: skip
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent!r}))
+from voxtrast.benchmarks.kernels import __main__ as benchmark, vector_pyramid
+vector_pyramid.build({SMALL_PYRAMID!r}).steps["ours"]()
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

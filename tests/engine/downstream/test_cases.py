@@ -82,7 +82,7 @@ def test_test_cases_without_foreground_are_refused(make_store: Callable[..., Sto
     store = make_store([(1,)] * 4, size=8)
     [aside] = held_aside(store.cases, 0.2)[1]
     store.cases = [replace(case, label_classes=()) if case is aside else case for case in store.cases]
-    with pytest.raises(UserError, match=f"has labelled voxels; label one of {aside.id}, or hold more aside"):
+    with pytest.raises(UserError, match=f"has labelled voxels; label one of {aside.id}, or prepare the labelled cases"):
         draw_cases(store, labels=1, seed=0)
 
 
