@@ -16,12 +16,13 @@ from .voxel_probes import PARTS, RIGHT_VOXELS
 
 Line = dict[str, Any]
 KEY = ("kind", "task", "arm", "labels", "seed", "setting")  # what makes two lines the same run
-BASELINES = (SCRATCH, "mae")  # that the others are compared with
-TUNED = ("labels", "arm", "seeds", "Dice", "classes", "difference to scratch", "cases better", "difference to MAE")
+BASELINES = (SCRATCH, PLATEAU, "mae")  # that the others are compared with
+TUNED = ("labels", "arm", "seeds", "Dice", "difference to scratch", "better cases, seeds", "difference to its plateau",
+         "difference to MAE", "classes")  # fmt: skip
 FEW = 8  # labels at most: what pretraining is for; differences are told for all such numbers together as well
-TOGETHER = ("labels together", "arm", "seeds", "difference to scratch", "cases better", "difference to MAE")
+TOGETHER = ("labels together", "arm", "seeds", "difference to scratch", "better cases, seeds", "difference to MAE")
 PROBED = ("arm", "seeds", "linear, encoder", "linear, all maps", "matches, encoder", "matches, all maps")
-COST = ("arm", "steps", "samples", "pretraining, min", "loss", "tensors not reached")
+COST = ("arm", "steps", "samples", "pretraining, min", "tensors not reached")
 
 
 def read(files: Iterable[Path]) -> list[Line]:
@@ -106,8 +107,22 @@ def _about(lines: Sequence[Line]) -> str:
     return (
         f"{len(first['cases'])} test cases, {' or '.join(map(str, steps))} steps of {first['batch']} crops {crop}, "
         f"learning rate {rates}, {len(tuned)} fine-tunings of {hours:.1f} h in all, "
-        f"{', '.join(dict.fromkeys(x['device'] for x in tuned))}"
+        f"{', '.join(dict.fromkeys(x['device'] for x in tuned))}{_mixed(tuned)}"
     )
+
+
+def _mixed(tuned: Sequence[Line]) -> str:
+    """What lines of one setting may still differ in, if they do."""
+    commits = sorted({line["commit"] for line in tuned if line.get("commit")})
+    weights: dict[str, set[str]] = {}
+    for line in tuned:
+        if line["arm"] not in (SCRATCH, PLATEAU) and "weights_sha256" in line:
+            weights.setdefault(line["arm"], set()).add(line["weights_sha256"])
+    several = [arm for arm, found in weights.items() if len(found) > 1]
+    return "".join(
+        [f", commits {', '.join(commits)}" if len(commits) > 1 else "",
+         f", WEIGHTS OF SEVERAL PRETRAININGS: {', '.join(several)}" if several else ""]
+    )  # fmt: skip
 
 
 def runs_of(lines: Sequence[Line], labels: int, arm: str) -> dict[int, Line]:
@@ -119,6 +134,18 @@ def runs_of(lines: Sequence[Line], labels: int, arm: str) -> dict[int, Line]:
     }
 
 
+def compared_runs(lines: Sequence[Line], labels: int) -> dict[str, dict[int, Line]]:
+    """Fine-tunings by arm and seed, of the seeds that every arm has: another seed is another draw of the cases.
+
+    Scratch to its plateau is trained for some numbers of labels alone, and last: the others do not wait for it.
+    """
+    every = {arm: runs_of(lines, labels, arm) for arm in arms_of(lines)}
+    there = [set(runs) for arm, runs in every.items() if runs and arm != PLATEAU]
+    seeds = sorted(set.intersection(*there)) if there else []
+    shared = {arm: {seed: runs[seed] for seed in seeds if seed in runs} for arm, runs in every.items()}
+    return {arm: runs for arm, runs in shared.items() if runs}
+
+
 def arms_of(lines: Sequence[Line]) -> list[str]:
     """Scratch, its plateau, the masked autoencoder, then the methods by name."""
     order = {SCRATCH: 0, PLATEAU: 1, "mae": 2}
@@ -128,41 +155,42 @@ def arms_of(lines: Sequence[Line]) -> list[str]:
 def _tuned_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for labels in sorted({line["labels"] for line in lines if line["kind"] == "finetune"}):
-        for arm in arms_of(lines):
-            runs = runs_of(lines, labels, arm)
-            if not runs:
-                continue
+        every = compared_runs(lines, labels)
+        for arm, runs in every.items():
             means = [run["dice"]["mean"] for run in runs.values()]
-            spread = f" ± {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
             names = next(iter(runs.values()))["dice"]["classes"]
             classes = {key: _mean(run["dice"]["classes"][key] for run in runs.values()) for key in names}
-            compared = [_difference(runs, runs_of(lines, labels, base)) if arm != base else ("", "")
-                        for base in BASELINES]  # fmt: skip
+            scratch, plateau, mae = (_difference(arm, base, every) for base in BASELINES)
             rows.append(
                 (
                     str(labels),
                     arm,
                     str(len(runs)),
-                    f"{np.mean(means):.3f}{spread}",
+                    _mean_and_spread(means),
+                    *scratch,
+                    plateau[0],
+                    mae[0],
                     ", ".join(f"{key}: {value:.2f}" for key, value in classes.items() if value is not None),
-                    *compared[0],
-                    compared[1][0],
                 )
             )
     return rows
 
 
 def _together_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
-    """Differences averaged over the small numbers of labels, of the seeds that have all of them."""
+    """Differences averaged over the small numbers of labels, of the seeds that every arm has for all of them."""
     counts = sorted({line["labels"] for line in lines if line["kind"] == "finetune" and line["labels"] <= FEW})
     if len(counts) < 2:
         return []
-    every = {arm: _averaged([runs_of(lines, labels, arm) for labels in counts]) for arm in arms_of(lines)}
+    arms = [arm for arm in arms_of(lines) if arm != PLATEAU]
+    every = {arm: _averaged([runs_of(lines, labels, arm) for labels in counts]) for arm in arms}
+    every = {arm: runs for arm, runs in every.items() if runs}
+    seeds = sorted(set.intersection(*map(set, every.values()))) if every else []
+    every = {arm: {seed: runs[seed] for seed in seeds} for arm, runs in every.items()}
     rows: list[tuple[str, ...]] = []
     for arm, runs in every.items():
-        compared = [_difference(runs, every.get(base, {})) if arm != base else ("", "") for base in BASELINES]
-        if any(difference for difference, _ in compared):
-            rows.append((" + ".join(map(str, counts)), arm, str(len(runs)), *compared[0], compared[1][0]))
+        scratch, _, mae = (_difference(arm, base, every) for base in BASELINES)
+        if scratch[0] or mae[0]:
+            rows.append((" + ".join(map(str, counts)), arm, str(len(runs)), *scratch, mae[0]))
     return rows
 
 
@@ -181,13 +209,21 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return float(np.mean(there)) if there else None
 
 
-def _difference(runs: dict[int, Line], base: dict[int, Line]) -> tuple[str, str]:
-    """Of the seeds that both have: mean and 95 % interval over seeds and cases, and how many cases are better."""
-    shared = sorted(set(runs) & set(base))
+def _difference(arm: str, base: str, every: dict[str, dict[int, Line]]) -> tuple[str, str]:
+    """Mean and 95 % interval over seeds and cases, and how many of both are better; of the seeds that both have."""
+    runs, others = every[arm], every.get(base, {})
+    shared = sorted(set(runs) & set(others)) if arm != base else []
     if not shared:
         return "", ""
-    found = paired_difference([(runs[seed], base[seed]) for seed in shared])
-    return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})", f"{found.better} of {found.cases}"
+    pairs = [(runs[seed], others[seed]) for seed in shared]
+    found = paired_difference(pairs)
+    better = sum(_mean_of(mine) > _mean_of(theirs) for mine, theirs in pairs)
+    of_seeds = f"{better} of {len(pairs)}"
+    return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})", f"{found.better} of {found.cases}, {of_seeds}"
+
+
+def _mean_of(run: Line) -> float:
+    return float(np.mean([case["mean"] for case in run["cases"] if case["mean"] is not None]))
 
 
 def _probed_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
@@ -217,7 +253,6 @@ def _cost_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
             str(about["steps"]),
             str(about["samples"]),
             f"{about['seconds'] / 60:.1f}",
-            " to ".join("-" if each is None else f"{each:.3g}" for each in about["loss"].values()),
             str(about["untrained"]),
         )
         for arm, about in ((arm, told[arm]) for arm in arms_of(lines) if arm in told)
@@ -243,9 +278,10 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     for axes, task in zip(figure.subplots(1, max(1, len(names)), squeeze=False)[0], names, strict=False):
         mine = [line for line in tuned if line["task"] == task]
         counts = sorted({line["labels"] for line in mine})
+        compared = {n: compared_runs(mine, n) for n in counts}
         for index, arm in enumerate(every):
-            there = [n for n in counts if runs_of(mine, n, arm)]
-            means = [[run["dice"]["mean"] for run in runs_of(mine, n, arm).values()] for n in there]
+            there = [n for n in counts if arm in compared[n]]
+            means = [[run["dice"]["mean"] for run in compared[n][arm].values()] for n in there]
             if not there:
                 continue
             shift = 2 ** (0.03 * (index - len(every) / 2))  # so that bars do not hide each other

@@ -187,20 +187,34 @@ def test_a_plan_that_is_wrong_is_refused_before_anything_runs(
 
 def test_tables_compare_seed_by_seed_and_case_by_case(tmp_path: Path) -> None:
     lines = [line(SCRATCH, 2, seed, [0.5, 0.6]) for seed in range(3)]
-    lines += [line("cover", 2, seed, [0.6, 0.7]) for seed in range(3)]
+    lines += [line("cover", 2, seed, [0.6 - 0.3 * (seed == 1), 0.7]) for seed in range(2)]
     lines += [line("mae", 2, 0, [0.5, 0.5])]
-    lines += [line("mae", 2, 0, [0.55, 0.65])]  # repeated: the last counts
+    lines += [line("mae", 2, seed, [0.55, 0.65]) for seed in range(2)]  # repeated: the last counts
+    lines += [line(PLATEAU, 2, 0, [0.7, 0.7])]
     file = tmp_path / "lines.jsonl"
     file.write_text("".join(json.dumps(each) + "\n" for each in [{"op": "another benchmark"}, *lines]))
     text = label_results.tables(label_results.read([file]))
     rows = {row.split(" | ")[1]: row for row in text.splitlines() if row.startswith("| 2 ")}
-    assert list(rows) == [SCRATCH, "mae", "cover"]
-    assert (
-        "| 0.650 ± 0.000 | 1: 0.65 | +0.100 (+0.100 to +0.100) | 2 of 2 | +0.050 (+0.050 to +0.050) |" in rows["cover"]
+    assert list(rows) == [SCRATCH, PLATEAU, "mae", "cover"]
+    # The third seed is scratch's alone, and counts for none.
+    assert rows[SCRATCH].startswith("| 2 | scratch | 2 | 0.550 ± 0.000 |  |  | -0.150 (-0.200 to -0.100) |")
+    to_scratch, to_plateau = "+0.025 (-0.200 to +0.100) | 1 of 2, 1 of 2", "-0.050 (-0.100 to +0.000)"
+    assert f"| 2 | 0.575 ± 0.106 | {to_scratch} | {to_plateau} |" in rows["cover"]
+    assert rows["mae"].endswith(
+        "| +0.050 (+0.050 to +0.050) | 2 of 2, 2 of 2 | -0.100 (-0.150 to -0.050) |  | 1: 0.60 |"
     )
-    assert "| 0.600 | 1: 0.60 | +0.050 (+0.050 to +0.050) | 2 of 2 |  |" in rows["mae"]
+    assert "| 1 | 0.700 | +0.150 (+0.100 to +0.200) | 2 of 2, 1 of 1 |" in rows[PLATEAU]
     label_results.plot(lines, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_lines_of_several_pretrainings_of_an_arm_are_told() -> None:
+    lines = [line("mae", 2, seed, [0.5], weights_sha256=f"{seed}", commit="a") for seed in range(2)]
+    lines += [line(SCRATCH, 2, seed, [0.5], weights_sha256=f"{seed}", commit="a") for seed in range(2)]
+    assert "a machine, WEIGHTS OF SEVERAL PRETRAININGS: mae;" in label_results.tables(lines)
+    for each in lines:
+        each |= {"weights_sha256": "0", "commit": each["arm"]}
+    assert "a machine, commits mae, scratch;" in label_results.tables(lines)
 
 
 def test_few_labels_together_are_of_the_seeds_that_have_all_of_them() -> None:
@@ -211,7 +225,7 @@ def test_few_labels_together_are_of_the_seeds_that_have_all_of_them() -> None:
     lines += [line("mae", 2, 0, [0.9, 0.9])]
     rows = [row for row in label_results.tables(lines).splitlines() if row.startswith("| 2 + 8 |")]
     # (0.1 + 0)/2 and (0 + 0.2)/2 of the first seed, (0.1 + 0.1)/2 and (0 + 0.2)/2 of the second
-    assert rows == ["| 2 + 8 | cover | 2 | +0.087 (+0.050 to +0.100) | 2 of 2 |  |"]
+    assert rows == ["| 2 + 8 | cover | 2 | +0.087 (+0.050 to +0.100) | 2 of 2, 2 of 2 |  |"]
 
 
 def test_a_line_that_was_cut_off_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
