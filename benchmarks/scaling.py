@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 
 from voxtrast.engine.config import load_config
 from voxtrast.engine.errors import UserError
+from voxtrast.engine.meeting import free_port
 from voxtrast.engine.precision import AUTOCAST
 
 from .harness import append
@@ -37,7 +37,7 @@ def launch(recipe: str, words: Sequence[str], ranks: int, steps: int, options: S
     result = folder / f"{ranks}-{len(list(folder.iterdir()))}.json"
     cores = len(os.sched_getaffinity(0))
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
-    command += ["--master_port", str(_free_port()), "--module", "voxtrast.benchmarks.scaling_rank", recipe, *words]
+    command += ["--master_port", str(free_port()), "--module", "voxtrast.benchmarks.scaling_rank", recipe, *words]
     command += [f"train.threads={max(1, cores // ranks)}", "--steps", str(steps), "--result", str(result), *options]
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
@@ -45,13 +45,6 @@ def launch(recipe: str, words: Sequence[str], ranks: int, steps: int, options: S
         raise UserError(f"{ranks} rank(s): {_last_words(done.stderr)}")
     found: Row = json.loads(result.read_text(encoding="utf-8"))
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _last_words(said: str) -> str:

@@ -29,7 +29,7 @@ class TrainConfig:
     ema_decay: float = 0.0  # 0 switches the moving average off; with it, the average is what is exported
     threads: int = 0  # torch threads per process; 0 leaves them as they are
     max_minutes: float = 0.0  # after which the run saves and ends with exit code 75, "to be continued"; 0 for no limit
-    timeout_minutes: float = 30.0  # for all ranks to come, for a slow first step, and until a silent rank is lost
+    timeout_minutes: float = 30.0  # for all ranks to come and a slow first step; 5 at most for a silent rank
 
 
 @dataclass

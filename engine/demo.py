@@ -6,7 +6,6 @@ Everything goes into one folder. A second call continues where the first one sto
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from .downstream.table import label_table, read_lines
 from .errors import UserError
 from .export import export
 from .report import Phase, Story, write_report
+from .signals import run_child
 from .weights import RUN_WEIGHTS, load_weights, write_whole
 
 STATE = "demo.json"
@@ -293,18 +293,7 @@ def _run_module(module: str, words: Sequence[str]) -> None:
 
     Raises: UserError where it fails; SystemExit with its code where it was stopped by a signal.
     """
-    # A stopped demo stops its child in the clean way: the child saves its state and ends by itself. In a session of its
-    # own it gets the signal once, from us, and not from the terminal as well.
-    process = subprocess.Popen([sys.executable, "-m", module, *words], start_new_session=True)
-    before = {
-        number: signal.signal(number, lambda sent, frame: process.send_signal(sent))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    code = run_child([sys.executable, "-m", module, *words])  # stopped, the child saves its state and ends by itself
     if code < 0:  # it had no time to say so itself
         print(f"{module}: ended by {signal.Signals(-code).name}; the same command continues", file=sys.stderr)
         raise SystemExit(128 - code)

@@ -12,19 +12,17 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .config import Config, load_config
 from .errors import UserError
 from .hosts import check_even, check_reachable, chosen_hosts, is_local, read_hostfile
+from .signals import run_child
 
 MODULE = "voxtrast.engine.pretrain"
 DEFAULT_PORT = 29500
@@ -206,24 +204,8 @@ def _added(config: Config, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Runs it in a process group of its own: the launcher, not the terminal, passes signals on, each of them once.
-
-    Returns its exit code, or 128 + signal where a signal ended it or one of its ranks.
-    """
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-
-    def pass_on(number: int, frame: Any) -> None:
-        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)  # DeepSpeed knows no SIGHUP
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, pass_on) for number in numbers}
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    """Its exit code, or 128 + signal where a signal ended it or one of its ranks."""
+    code = run_child(command, environment)
     if code > LAST_OF_SIGNALS:
         code -= 256  # DeepSpeed's launcher ends with the negative number that Python has for a rank's signal
     return code if code >= 0 else 128 - code

@@ -46,8 +46,6 @@ GENERAL_CAVEATS = (
     "The colours of features show what varies most, not what is most useful.",
 )
 
-Builder = Callable[[LoadedRun, Story], list[str]]
-
 
 def write_report(
     runs: Sequence[Path],
@@ -189,7 +187,7 @@ def _run_sections(
         section(
             "What it is", lambda: facts.what_it_is(run, config, training, about), with_pictures("warnings", training)
         ),
-        section("Configuration", lambda: facts.configuration(run, config)),
+        section("Configuration", lambda: facts.configuration(config)),
         section("Curves", with_pictures("course", training, validation)),
         section("Speed", lambda: facts.speed(config, training), with_pictures("speed", training)),
         section("Input", of_network("inputs")),

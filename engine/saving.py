@@ -1,6 +1,7 @@
 """Saving while training goes on: the state is copied at its step, and a thread writes the copy."""
 
 import shutil
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -104,6 +105,8 @@ class Saver:
             )
 
     def __enter__(self) -> "Saver":
+        for partial in self.run.glob(".weights*.partial"):  # of a process that was killed while it wrote weights
+            partial.unlink(missing_ok=True)
         return self
 
     def __exit__(
@@ -111,6 +114,8 @@ class Saver:
     ) -> None:
         if self._thread is not None and kind is not KeyboardInterrupt:
             self._thread.join()
+        if self._error is not None and error is not None and error is not self._error:
+            print(f"the last save failed as well: {self._error}", file=sys.stderr)  # what ends the run is another error
 
 
 def origin_of(config: Config, moment: Moment, rate: float) -> dict[str, Any]:

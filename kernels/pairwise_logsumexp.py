@@ -112,7 +112,8 @@ def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
         return scale.reshape(1).to(torch.promote_types(scale.dtype, torch.float32))
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
-    return torch.full((1,), float(scale), dtype=torch.float32, device=like.device)
+    working_type = torch.promote_types(like.dtype, torch.float32)
+    return torch.full((1,), float(scale), dtype=working_type, device=like.device)
 
 
 def as_problems(vectors: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ def pairwise_gradients(
     return found
 
 
-MINIMUM_NORM = 1e-6  # the same number stands in csrc/cpu/pairwise.cpp
+MINIMUM_NORM = 1e-6  # the same number stands in csrc/cpu/pairwise_vectors.cpp
 
 
 def unit_vectors(vectors: Tensor) -> Tensor:

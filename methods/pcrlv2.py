@@ -21,7 +21,8 @@ Departures from the official code, with reasons:
 - Scales that are not drawn have no image computed. Of the second view and the local ones only the blocks are run
   that the drawn scales need; with a batch norm in the backbone each view has a pass of its own, as in the code.
 - Batch norms of the heads see the whole batch, on however many ranks.
-- The official code leaves out 3-D steps with a loss above 1000; here a step whose loss is not finite ends the run.
+- The official code leaves out 3-D steps with a loss above 1000; here those whose loss is not finite.
+  A few of them in a row end the run.
 - The decoder is exported as well; the official 2-D code saves the encoder alone. Its kernels for skips have no
   gradient, so they are the initial ones but for weight decay: adamw and sgd scale them down, adam drives them to 0.
 """

@@ -40,7 +40,7 @@ def draw(lines: Iterable[Line], file: Path) -> None:
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
     except ImportError as missing:
-        raise SystemExit("error: matplotlib is not installed; the plot needs voxtrast[demo]") from missing
+        raise SystemExit("error: matplotlib is not installed; the plot needs voxtrast[report]") from missing
     figure: Any = Figure(figsize=(9.5, 5.2), layout="constrained")
     axes = figure.subplots()
     names = dict.fromkeys(line["provider"] for line in sorted(chosen, key=lambda line: -line["views_per_s"]))

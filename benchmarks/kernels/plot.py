@@ -97,7 +97,7 @@ def draw(lines: Iterable[Line], file: Path, subject: Subject = SUBJECTS["info_nc
     try:
         from matplotlib.figure import Figure
     except ImportError as missing:
-        raise SystemExit("error: matplotlib is not installed; the plot needs voxtrast[demo]") from missing
+        raise SystemExit("error: matplotlib is not installed; the plot needs voxtrast[report]") from missing
     figure: Any = Figure(figsize=(11.5, 4.8), layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)
     time, memory = figure.subplots(1, 2)

@@ -38,7 +38,7 @@ from .user_functions import draw_numbers, functions_of
 Batch = dict[str, Any]  # tensors by name, and the case ids under "case"
 # How voxtrast_read says whose file it is, and who looked at it.
 _CASE = re.compile(r"\[case (\d+), step (\d+), slot (\d+)\] ")
-# A fault of the machine's that other volumes would meet as well, and what may pass: a disk far away.
+# A fault of the machine's that other volumes would meet as well.
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 OTHER_FILES = 512  # of Python, torch, DALI, the log
 PAUSES_S = (1.0, 4.0)  # before trying again

@@ -120,12 +120,14 @@ def read_parts(store: Path) -> Parts:
     first: dict[str, Any] = {}
     for shard in wanted:
         folder = store / SHARDS / shard.folder
-        settings = layout.read_settings(folder) or {}
+        settings = layout.read_settings(folder)
+        if settings is None:
+            raise UserError(f"{folder} has lost its settings: run shard {shard.number}/{count} again, then merge")
         header, lines = _read_part(folder / PART)
         if parts is None:
             parts, first = Parts(settings, other=header["other_files"]), header
         if settings != parts.settings:
-            keys = [key for key in sorted(settings) if settings[key] != parts.settings.get(key)]
+            keys = [key for key in sorted({*settings, *parts.settings}) if settings.get(key) != parts.settings.get(key)]
             raise UserError(f"shards 1 and {shard.number} differ in {', '.join(keys)}: run one of them again")
         if header["listing_sha256"] != first["listing_sha256"]:
             saw = f"shard 1 saw {first['found']} volumes, shard {shard.number} saw {header['found']}"

@@ -11,6 +11,7 @@ import torch
 from ..hosts import is_local, read_hostfile, unreachable
 from ..launch import one_node
 from ..meeting import free_port
+from ..signals import run_within
 from .finding import BROKEN, GOOD, NOTE, Finding
 
 MODULE = "voxtrast.engine.doctor.sum_over_ranks"
@@ -48,7 +49,7 @@ def _sum(hosts: dict[str, int], hostfile: Path, here: bool) -> Finding:
         command = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile.resolve()}",
                    "--force_multi", "--module", MODULE]  # fmt: skip
     try:
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=LONGEST_S)
+        done = run_within(LONGEST_S, command)
     except subprocess.TimeoutExpired:
         remedy = "open the ports between the hosts; set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME (docs/cluster.md)"
         return Finding("network", "sum over ranks", BROKEN, f"no end within {LONGEST_S} s", remedy)

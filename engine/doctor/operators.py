@@ -10,7 +10,7 @@ from ...kernels import _native, warp, warp_reference
 from ...kernels.triton import OPERATORS as IN_TRITON
 from .finding import BROKEN, GOOD, NOTE, Finding
 
-# What the five methods call, by the operator that computes it.
+# What the methods call, by the operator that computes it.
 OPERATORS = (
     "pairwise_logsumexp",
     "info_nce",

@@ -18,6 +18,7 @@ from ..data.store import FORMAT, Case, write_array, write_index, write_settings
 from ..launch import one_node
 from ..meeting import free_port
 from ..runs import build_method
+from ..signals import run_within
 from .finding import BROKEN, GOOD, Finding
 
 RECIPE = "cover-tiny"
@@ -119,14 +120,7 @@ def _train(ranks: int, words: list[str], device: str) -> subprocess.CompletedPro
     if ranks > 1:
         gpus = torch.cuda.device_count() if device == "cuda" else 0
         launcher = one_node({"localhost": list(range(ranks))}, "127.0.0.1", free_port(), gpus)
-    return subprocess.run(
-        [*launcher, "voxtrast.engine.pretrain", *words],
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        env=environment,
-        timeout=LONGEST_S,
-    )
+    return run_within(LONGEST_S, [*launcher, "voxtrast.engine.pretrain", *words], environment)
 
 
 def _losses(run: Path) -> list[float]:

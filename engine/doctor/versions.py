@@ -23,10 +23,11 @@ def check_versions() -> Iterator[Finding]:
 
 def _requirements() -> Iterator[tuple[str, Requirement]]:
     dali = "dali" if _installed("nvidia-dali-cuda120") is None else "dali-cuda12"
+    gpu = "gpu" if _installed("cupy-cuda12x") is None else "gpu-cuda12"
     seen = set()
     for text in requires("voxtrast") or []:
         requirement = Requirement(text)
-        for extra in ("", "engine", dali, "gpu", "numba", "dask"):
+        for extra in ("", "engine", dali, gpu, "numba", "dask"):
             wanted = requirement.marker is None if not extra else _belongs(requirement, extra)
             if wanted and requirement.name not in seen and requirement.name != "voxtrast":
                 seen.add(requirement.name)
@@ -43,7 +44,8 @@ def _judge(extra: str, requirement: Requirement) -> Finding:
     remedy = f"pip install 'voxtrast[{extra}]'" if extra else f"pip install '{requirement}'"
     found = _installed(name)
     if found is None:
-        return Finding("versions", name, serious, f"not installed; extra {extra} has {name}{wanted}", remedy)
+        wanting = f"extra {extra} has" if extra else "voxtrast needs"
+        return Finding("versions", name, serious, f"not installed; {wanting} {name}{wanted}", remedy)
     if not requirement.specifier.contains(found, prereleases=True):
         return Finding("versions", name, serious, f"{found} is not within {wanted}", remedy)
     return Finding("versions", name, GOOD, f"{found} ({wanted})")

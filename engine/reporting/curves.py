@@ -51,7 +51,7 @@ STYLE = {
 }
 # Okabe and Ito's order, moved to tones that stand out from both grounds; lines also differ by dashes or markers.
 COLOURS = ("#2f8fd8", "#e07b1a", "#1f9e77", "#c25a9a", "#8a7bd8", "#a8922a", "#6f7f8f")
-BLUE, ORANGE, GREY = COLOURS[0], COLOURS[1], COLOURS[-1]
+BLUE, GREY = COLOURS[0], COLOURS[-1]
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 MARKERS = "osD^vP*"
 MOST_POINTS = 400  # of a line; more steps are drawn as the range and the mean of neighbours

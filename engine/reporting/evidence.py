@@ -13,15 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...kernels import warp
-from ...methods import Method, build_network
-from ...methods.backbone import BackboneConfig
+from ...methods import Method
 from ...methods.views import ViewSpec
 from ..data.store import Case, Store
 from ..downstream.inference import predict_logits
+from ..downstream.model import load_model
 from ..errors import UserError
 from ..runs import LoadedRun, build_method
 from ..validation_views import validation_views
-from ..weights import load_weights
 from .planes import Frame, frame_of
 
 Volume = NDArray[Any]
@@ -236,19 +235,19 @@ class Segmentation:
 
 
 def segmentations(lines: Sequence[Line]) -> Segmentation:
-    """What the saved models of both arms make of the first test case: fewest labels, first seed that both have.
+    """What the saved models of the arms make of the first test case: of the runs that most arms have, fewest labels and
+    first seed.
 
     Args:
         lines: of finetune.jsonl.
 
-    Raises: UserError where no model or no store is left.
+    Raises: UserError where no store is left, or a model is not or does not fit.
     """
-    chosen = min(lines, key=lambda line: (line["labels"], line["seed"]))
-    same = {
-        line["arm"]: line
-        for line in lines
-        if (line["labels"], line["seed"], line["store"]) == (chosen["labels"], chosen["seed"], chosen["store"])
-    }
+    runs: dict[tuple[int, int, str], dict[str, Line]] = {}
+    for line in lines:
+        runs.setdefault((line["labels"], line["seed"], line["store"]), {})[line["arm"]] = line
+    same = runs[min(runs, key=lambda key: (-len(runs[key]), *key))]
+    chosen = next(iter(same.values()))
     store = Store(Path(chosen["store"]))
     name = chosen["cases"][0]["case"]
     case = next((each for each in store.cases if each.id == name), None)
@@ -257,19 +256,11 @@ def segmentations(lines: Sequence[Line]) -> Segmentation:
     image = numpy.asarray(store.volume(case), dtype=numpy.float32)
     predictions = {}
     for arm in sorted(same):
-        model = Path(same[arm]["model"])
-        tensors, description = load_weights(model)
-        classes = numpy.asarray(description["classes"])
-        network = build_network(BackboneConfig.from_dict(description["backbone"]), len(classes))
-        network.load_state_dict(tensors, strict=False)  # decoder.encoder.* are the tensors of encoder.*
-        logits = predict_logits(
-            network,
-            torch.from_numpy(image)[None],
-            tuple(description["crop"]),
-            case.intensity["background"],
-            torch.device("cpu"),
-        )
-        predictions[arm] = classes[_numpy(logits.argmax(dim=0))]
+        model = load_model(Path(same[arm]["model"]))
+        background = case.intensity["background"]
+        whole = torch.from_numpy(image)[None]
+        logits = predict_logits(model.network, whole, model.crop, background, torch.device("cpu"))
+        predictions[arm] = numpy.asarray(model.classes)[_numpy(logits.argmax(dim=0))]
     return Segmentation(
         name, frame_of(case.affine, case.spacing_mm), image, numpy.asarray(store.label(case)), predictions
     )

@@ -73,7 +73,7 @@ def _weights(run: Path) -> str:
     return f"{RUN_WEIGHTS}, step {description.get('step', '–')}, {len(tensors)} tensors, {size:.1f} MB{rest}"
 
 
-def configuration(run: Path, config: Config) -> list[str]:
+def configuration(config: Config) -> list[str]:
     """What was set otherwise than in the recipe, and everything."""
     own = settings_of(config)
     everything = page.folded(f"All {len(own)} settings", page.table(("setting", "value"), _shown(own)))

@@ -71,7 +71,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def candidates(kernel: str, dtype: torch.dtype, chunk: int) -> list[Configuration]:
+def candidates(dtype: torch.dtype, chunk: int) -> list[Configuration]:
     """What is worth a measurement; whatever does not fit a device is passed over there."""
     sizes = [(128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 64, 4), (256, 64, 8), (64, 32, 4), (128, 32, 4)]
     if dtype == torch.float32 or chunk > 128:
@@ -110,7 +110,7 @@ def _table(file: Path) -> dict[str, dict[str, Configuration]]:
 
 def _measure(kernel: str, dtype: torch.dtype, chunk: int, run: Callable[[Configuration], Any]) -> Configuration:
     best, least, last = None, float("inf"), None
-    for each in candidates(kernel, dtype, chunk):
+    for each in candidates(dtype, chunk):
         try:
             taken = triton.testing.do_bench(lambda one=each: run(one), warmup=5, rep=30, return_mode="median")
         except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, RuntimeError) as error:

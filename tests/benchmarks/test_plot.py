@@ -76,7 +76,7 @@ def test_a_missing_file_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SystemExit, match=r"the plot needs voxtrast\[demo\]"):
+    with pytest.raises(SystemExit, match=r"the plot needs voxtrast\[report\]"):
         draw(LINES, tmp_path / "none.png")
 
 

@@ -36,7 +36,7 @@ def test_a_quick_look_finds_every_operator_and_every_needed_package(tmp_path: Pa
 
 
 def test_a_version_out_of_its_range_and_a_missing_package_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"deepspeed": "0.16.1", "nvidia-dali-cuda130": None, "cupy-cuda13x": None}
+    versions = {"deepspeed": "0.16.1", "nvidia-dali-cuda130": None, "cupy-cuda13x": None, "torch": None}
     real = doctor_versions._installed
     monkeypatch.setattr(doctor_versions, "_installed", lambda name: versions[name] if name in versions else real(name))
     found = {each.name: each for each in doctor_versions.check_versions()}
@@ -45,6 +45,11 @@ def test_a_version_out_of_its_range_and_a_missing_package_are_broken(monkeypatch
     assert found["nvidia-dali-cuda130"].state == BROKEN
     assert found["nvidia-dali-cuda130"].remedy == "pip install 'voxtrast[dali]'"
     assert found["cupy-cuda13x"].state == NOTE
+    assert found["torch"].detail.startswith("not installed; voxtrast needs torch")
+    versions["cupy-cuda12x"] = "14.1"
+    found = {each.name: each for each in doctor_versions.check_versions()}
+    assert found["cupy-cuda12x"].state == GOOD  # the extra of another CUDA
+    assert "cupy-cuda13x" not in found
 
 
 def test_an_operator_without_its_library_runs_as_reference_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,10 @@ from voxtrast.engine.data.store import Store
 from voxtrast.engine.downstream.finetune import finetune
 from voxtrast.engine.errors import UserError
 from voxtrast.engine.report import Phase, Story, write_report
-from voxtrast.engine.reporting.evidence import FeatureMap, match_pairs, principal_colours, read_log
+from voxtrast.engine.reporting.evidence import FeatureMap, match_pairs, principal_colours, read_log, segmentations
 from voxtrast.engine.reporting.planes import frame_of, planes_through
 from voxtrast.engine.runs import build_method, describe, load_run
-from voxtrast.engine.weights import save_weights
+from voxtrast.engine.weights import load_weights, save_weights
 
 RAS = ((0.0, 0.0, 2.0, 0.0), (0.0, 3.0, 0.0, 0.0), (4.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0))
 
@@ -157,6 +157,18 @@ def test_page_holds_the_numbers_of_the_logs(page: Path, run: Path) -> None:
     for line in map(json.loads, (run / "finetune" / "finetune.jsonl").read_text(encoding="utf-8").splitlines()):
         assert f"{line['dice']['mean']:.3f}" in text
         assert f"{line['dice']['classes']['1']:.3f}" in text
+
+
+def test_models_are_those_of_the_run_that_most_arms_have_and_must_fit(run: Path, tmp_path: Path) -> None:
+    lines = list(map(json.loads, (run / "finetune" / "finetune.jsonl").read_text(encoding="utf-8").splitlines()))
+    alone = {**lines[0], "seed": -1}  # an earlier seed, of one arm
+    found = segmentations([alone, *lines])
+    assert set(found.predictions) == {line["arm"] for line in lines} == {"pretrained", "scratch"}
+    tensors, description = load_weights(Path(lines[0]["model"]))
+    broken = tmp_path / "broken.safetensors"
+    save_weights(broken, {name: each for name, each in tensors.items() if "seg_layers" not in name}, description)
+    with pytest.raises(UserError, match=r"broken.safetensors: .*seg_layers"):
+        segmentations([{**lines[0], "model": str(broken)}])
 
 
 def test_page_tells_the_story(page: Path) -> None:

@@ -135,6 +135,33 @@ def test_what_goes_wrong_in_a_save_is_raised_by_the_next_or_at_the_end(
     assert not list((tmp_path / "run" / "checkpoints").glob(".*.partial"))
 
 
+def test_what_goes_wrong_in_a_save_is_told_where_another_error_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: Any, **options: Any) -> Path:
+        raise UserError("no space left")
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+
+    def run() -> None:
+        with Saver(tmp_path, CheckpointConfig()) as saver:
+            saver.save(small_state(1), {"a": torch.ones(2)}, ABOUT | {"step": 1}, None)
+            raise RuntimeError("of a step")
+
+    with pytest.raises(RuntimeError, match="of a step"):
+        run()
+    assert capsys.readouterr().err == "the last save failed as well: no space left\n"
+
+
+def test_what_a_killed_process_left_of_its_weights_goes(tmp_path: Path) -> None:
+    left, others = tmp_path / ".weights.safetensors.123.partial", tmp_path / "weights.safetensors"
+    for file in (left, others):
+        file.touch()
+    with Saver(tmp_path, CheckpointConfig()):
+        assert not left.exists()
+        assert others.exists()
+
+
 def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
     folder, losses = tmp_path / "checkpoints", [3.0, 1.0, None, 2.0, float("nan"), 1.0, 4.0]
     best = []

@@ -192,6 +192,12 @@ def test_every_path_of_the_compiled_code_is_as_accurate(path: str) -> None:
     assert run.returncode == 0, run.stdout
 
 
+def test_a_number_as_scale_is_not_rounded_for_float64() -> None:
+    query, key = (torch.randn(size, 4, dtype=torch.float64) for size in (5, 7))
+    found, expected = (each(query, key, scale=1 / 0.07) for each in (pairwise_logsumexp, pairwise_logsumexp_reference))
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
 def test_gradcheck_and_gradgradcheck_in_float64() -> None:
     query, key = (vectors.detach().double().requires_grad_() for vectors in make((4, 5, 3)))
     scale = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)

@@ -181,6 +181,9 @@ def test_shards_of_different_minds_are_not_merged(raw: Path, parted: Path) -> No
     settings.write_text(right[0].replace("1.5", "1.4"))
     with pytest.raises(UserError, match="shards 1 and 2 differ in spacing_mm"):
         merge(parted, progress=False)
+    settings.unlink()
+    with pytest.raises(UserError, match="2-of-2 has lost its settings: run shard 2/2 again, then merge"):
+        merge(parted, progress=False)
     settings.write_text(right[0])
     header, _, lines = right[1].partition("\n")
     other = json.dumps({**json.loads(header), "found": 19, "listing_sha256": "0" * 64})

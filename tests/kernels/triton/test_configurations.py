@@ -107,7 +107,7 @@ def test_the_rarer_forms_compile() -> None:
 def test_tuning_measures_what_its_table_lacks_and_remembers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "tuned.json"
     monkeypatch.setenv("VOXTRAST_TUNE", str(file))
-    times = {each: float(place != 3) for place, each in enumerate(candidates("sums", torch.bfloat16, 64))}
+    times = {each: float(place != 3) for place, each in enumerate(candidates(torch.bfloat16, 64))}
     monkeypatch.setattr("triton.testing.do_bench", lambda work, **_: times[work()])
     arguments = ("sums", torch.bfloat16, 64, 4096, torch.device("cpu"))
     fastest = [each for each, time in times.items() if time == 0.0]
