@@ -29,7 +29,7 @@ def test_a_program_that_hangs_ends_with_all_that_it_started(
     file = tmp_path / "rank"
     command = [sys.executable, "-S", "-c", CHILD.format(ignore=ignore or "pass"), str(file)]
     with pytest.raises(subprocess.TimeoutExpired):
-        run_within(5.0, command)
+        run_within(3.0, command)
     rank = int(file.read_text(encoding="utf-8"))
     end = time.monotonic() + 10
     while psutil.pid_exists(rank) and psutil.Process(rank).status() != psutil.STATUS_ZOMBIE:
