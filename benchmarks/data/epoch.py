@@ -52,7 +52,7 @@ def measure_epoch(config: Config, place: Place) -> dict[str, Any]:
     """Steps as fast as they come, as many as an epoch has, after those that the pipeline makes ahead."""
     method = build_method(config)
     store, cases, _, _ = open_cases(config)
-    first = method.schedule.moments[-1].first  # of the last stage, which is the longest as a rule
+    first = method.schedule.moments[-1].first  # of the last stage, as in `bench train`
     batch, prefetch = method.schedule.batch(first, config.train.global_batch), config.loader.prefetch
     options: dict[str, Any] = {"seed": config.seed, "global_batch": batch, "threads": config.loader.threads}
     options |= {"prefetch": prefetch, "device_id": place.device.index if place.on_gpu else None}
