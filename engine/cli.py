@@ -188,12 +188,16 @@ def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its weights files.")],
     file: Annotated[Path, typer.Argument(help="The file to write; of a MONAI bundle, the folder.")],
     to: Annotated[str, typer.Option(help="nnunet, monai, safetensors or encoder.")],
+    patch_size: Annotated[
+        str | None, typer.Option(help="Of nnunet's plans: D,H,W voxels, or H,W; default the crop of pretraining.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
     """Write the pretrained weights for another program, with a card, and say what in them is not pretrained."""
     from .export import export as write
 
-    print("\n".join(write(run, to, file, force=force).lines))
+    patch = _whole_numbers("--patch-size", patch_size)
+    print("\n".join(write(run, to, file, patch_size=patch, force=force).lines))
 
 
 @app.command()
@@ -264,13 +268,22 @@ def demo(
 
 
 def _three_numbers(text: str | None) -> tuple[int, int, int] | None:
+    numbers = _whole_numbers("--crop", text)
+    if numbers is None:
+        return None
+    if len(numbers) != 3:
+        raise UserError(f"--crop {text}: expected three whole numbers D,H,W, for example 40,56,40")
+    depth, height, width = numbers
+    return depth, height, width
+
+
+def _whole_numbers(option: str, text: str | None) -> list[int] | None:
     if text is None:
         return None
     try:
-        depth, height, width = (int(number) for number in text.split(","))
+        return [int(number) for number in text.split(",")]
     except ValueError:
-        raise UserError(f"--crop {text}: expected three whole numbers D,H,W, for example 40,56,40") from None
-    return depth, height, width
+        raise UserError(f"{option} {text}: expected whole numbers with commas between, for example 40,56,40") from None
 
 
 def main() -> None:

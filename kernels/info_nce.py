@@ -126,7 +126,7 @@ def scale_of(temperature: float | Tensor, like: Tensor) -> Tensor:
             )
         if temperature.device != like.device:
             raise ValueError(
-                f"temperature: is on {temperature.device} while query is on {like.device}; move one of them"
+                f"temperature: is on {temperature.device} while the vectors are on {like.device}; move one of them"
             )
         return 1 / temperature.reshape(1).to(torch.promote_types(temperature.dtype, torch.float32))
     if not (math.isfinite(temperature) and temperature > 0):

@@ -29,15 +29,6 @@ inline Affine affine(const Matrix3& linear, const Vector3& offset) {
   return map;
 }
 
-inline Vector3 apply(const Affine& map, const Vector3& index) {
-  Vector3 image{};
-  for (int i = 0; i < 3; ++i) {
-    for (int j = 0; j < 3; ++j) image[i] += map[4 * i + j] * index[j];
-    image[i] += map[4 * i + 3];
-  }
-  return image;
-}
-
 // index -> outer(inner(index))
 inline Affine compose(const Affine& outer, const Affine& inner) {
   Affine map{};

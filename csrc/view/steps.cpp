@@ -5,6 +5,8 @@
 namespace voxtrast {
 namespace {
 
+static_assert(kBezierEntries == kBezierTable, "what the planner writes is what the rows read");
+
 constexpr ViewStatistics kNothing = {0.0, std::numeric_limits<float>::infinity(),
                                      -std::numeric_limits<float>::infinity()};
 

@@ -11,6 +11,7 @@ from . import evidence, page
 from .story import Story
 
 Line = dict[str, Any]
+DISTANCES = {"hd95": "HD95, mm", "surface_distance": "surface distance, mm"}
 ARMS = {"pretrained": "pretrained", "scratch": "from scratch"}
 TABLE = (
     "±: standard deviation over seeds. Interval: bootstrap over seeds and test cases, paired by both. Arms of a table "
@@ -135,15 +136,21 @@ def _table(rows: Sequence[Row], story: Story) -> str:
 def _runs(lines: Sequence[Line], story: Story) -> str:
     classes = list(dict.fromkeys(value for line in lines for value in line["dice"]["classes"]))
     names = (story.class_name(value) for value in classes)
-    header = ("arm", "labels", "seed", "Dice", *names, "training loss, first", "last", "seconds")
+    measured = DISTANCES if any("hd95" in line for line in lines) else {}
+    header = ("arm", "labels", "seed", "Dice", *names, *measured.values(), "training loss, first", "last", "seconds")
     rows = []
     for line in lines:
         dice = (_dice(line["dice"]["classes"].get(value)) for value in classes)
+        distances = (_distance(line[name]["mean"] if name in line else None) for name in measured)
         loss = (f"{line['loss'][when]:.3f}" for when in ("first", "last"))
         arm, mean = ARMS.get(line["arm"], line["arm"]), _dice(line["dice"]["mean"])
-        rows.append((arm, line["labels"], line["seed"], mean, *dice, *loss, f"{line['seconds']:.1f}"))
+        rows.append((arm, line["labels"], line["seed"], mean, *dice, *distances, *loss, f"{line['seconds']:.1f}"))
     return page.table(header, rows)
 
 
 def _dice(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _distance(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

@@ -9,7 +9,9 @@ import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from typer.testing import CliRunner
 
+from voxtrast.engine.cli import app
 from voxtrast.engine.errors import UserError
 from voxtrast.engine.export import export
 from voxtrast.engine.export.nnunet import architecture_section
@@ -154,6 +156,17 @@ def test_a_preset_is_written_out_in_the_plans() -> None:
     assert section["arch_kwargs"]["features_per_stage"] == [32, 64, 128, 256, 320, 320]
     assert section["arch_kwargs"]["n_blocks_per_stage"] == [1, 3, 4, 6, 6, 6]
     assert section["arch_kwargs"]["n_conv_per_stage_decoder"] == [1] * 5
+
+
+def test_the_command_takes_a_patch_size(tmp_path: Path) -> None:
+    pretrained_run(tmp_path, BackboneConfig(features=[4, 8, 8]))
+    words = ["export", str(tmp_path), str(tmp_path / "w.pth"), "--to", "nnunet", "--patch-size"]
+    assert CliRunner().invoke(app, [*words, "40,56,44"]).exit_code == 0
+    plans = json.loads((tmp_path / "w.plans.json").read_text())
+    assert plans["configurations"]["3d_voxtrast"]["patch_size"] == [40, 56, 44]
+    said = CliRunner().invoke(app, [*words, "40x56"]).exception
+    assert isinstance(said, UserError)
+    assert str(said).startswith("--patch-size 40x56: expected whole numbers")
 
 
 def test_the_patch_size_must_suit_the_network(tmp_path: Path) -> None:
