@@ -12,10 +12,10 @@ import torch
 from voxtrast.engine.config import load_config, read_config
 from voxtrast.engine.data.store import Store
 from voxtrast.engine.downstream.finetune import finetune
+from voxtrast.engine.runs import build_method
 from voxtrast.engine.weights import RUN_WEIGHTS, load_weights, save_weights
-from voxtrast.methods.backbone import BackboneConfig, build_network, transferable_state
 
-from .label_plan import PLATEAU, Job, Plan, Task, read_plan
+from .label_plan import PLATEAU, SCRATCH, Job, Plan, Task, read_plan
 from .machine import machine
 from .place import Place
 from .voxel_probes import probe
@@ -32,22 +32,23 @@ def tune(plan: Plan, task: Task, job: Job, store: Path, run: Path | None, device
     if job.arm == PLATEAU:
         settings["steps"] = task.plateau_steps
     with tempfile.TemporaryDirectory() as folder:
-        weights = run / RUN_WEIGHTS if run else untrained(plan, Path(folder))
+        weights = run / RUN_WEIGHTS if run else untrained(plan, task, Path(folder))
         line = finetune(
-            weights, store, labels=job.labels, seed=job.seed, from_scratch=run is None, device=device,
+            weights, store, labels=job.labels, seed=job.seed, from_scratch=job.arm in (SCRATCH, PLATEAU), device=device,
             test_cases=task.test_cases, output=folder, progress=False,
             **settings | {"crop": tuple(settings["crop"])},
         )  # fmt: skip
     return {key: line[key] for key in KEPT if key in line}
 
 
-def untrained(plan: Plan, folder: Path) -> Path:
-    """A weights file of the plan's network as it begins: training from scratch takes its architecture alone."""
-    config: BackboneConfig = load_config("mae-tiny", plan.backbone).backbone
+def untrained(plan: Plan, task: Task, folder: Path) -> Path:
+    """A weights file of the network with which each arm's pretraining begins: it depends on the network and the seed,
+    not on the method. Training from scratch takes its architecture alone."""
+    arm = next(iter(task.pretrain))
+    config = load_config(f"{arm}-tiny", plan.words(task, arm))
     file = folder / "untrained.safetensors"
-    save_weights(
-        file, transferable_state(build_network(config, classes=2)), {"format": 1, "backbone": config.to_dict()}
-    )
+    description = {"format": 1, "backbone": config.backbone.to_dict()}
+    save_weights(file, build_method(config).backbone.transferable(), description)
     return file
 
 

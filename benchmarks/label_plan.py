@@ -15,7 +15,10 @@ from voxtrast.engine.errors import UserError
 from voxtrast.methods import recipe_names
 
 PLAN = "label_efficiency.yaml"
-SCRATCH, PLATEAU = "scratch", "scratch to its plateau"
+# Scratch begins with another network for each seed. All pretraining begins with one and the same, that of seed 0: the
+# initial network is fine-tuned as well, so that its luck is not taken for the methods'.
+SCRATCH, PLATEAU, INITIAL = "scratch", "scratch to its plateau", "initial network"
+UNTRAINED = (SCRATCH, PLATEAU, INITIAL)
 FINETUNE = {"steps", "batch", "learning_rate", "crop", "autocast"}
 
 
@@ -53,7 +56,7 @@ class Plan:
                 for task in self.tasks.values():
                     if (seed, labels) == (self.seeds[0], self.labels[0]):
                         yield from (Job("pretrain", task.name, method) for method in task.pretrain)
-                    for arm in (SCRATCH, *task.pretrain):
+                    for arm in (SCRATCH, INITIAL, *task.pretrain):
                         yield Job("finetune", task.name, arm, labels, seed)
             for task in self.tasks.values():
                 for arm in (SCRATCH, *task.pretrain):
@@ -72,7 +75,7 @@ class Job:
 
     @property
     def needs(self) -> "Job | None":
-        if self.kind == "pretrain" or self.arm in (SCRATCH, PLATEAU):
+        if self.kind == "pretrain" or self.arm in UNTRAINED:
             return None
         return Job("pretrain", self.task, self.arm)
 
@@ -83,7 +86,7 @@ class Job:
 
 def pretraining(plan: Plan, job: Job, transductive: bool) -> str:
     """Checksum of all that decides an arm's weights but code and volumes; the same for all arms that have none."""
-    if job.arm in (SCRATCH, PLATEAU):
+    if job.arm in UNTRAINED:
         return "none"
     task = plan.tasks[job.task]
     seen = [task.data, task.spacing_mm, 0 if transductive else task.test_cases]

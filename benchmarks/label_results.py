@@ -11,16 +11,17 @@ import numpy as np
 from voxtrast.engine.downstream.table import paired_difference
 from voxtrast.engine.errors import UserError
 
-from .label_plan import PLATEAU, SCRATCH, Plan, setting
+from .label_plan import INITIAL, PLATEAU, SCRATCH, UNTRAINED, Plan, setting
 from .voxel_probes import PARTS, RIGHT_VOXELS
 
 Line = dict[str, Any]
 KEY = ("kind", "task", "arm", "labels", "seed", "setting")  # what makes two lines the same run
-BASELINES = (SCRATCH, PLATEAU, "mae")  # that the others are compared with
+BASELINES = (SCRATCH, PLATEAU, INITIAL, "mae")  # that the others are compared with
 TUNED = ("labels", "arm", "seeds", "Dice", "difference to scratch", "better cases, seeds", "difference to its plateau",
-         "difference to MAE", "classes")  # fmt: skip
+         "difference to initial network", "difference to MAE", "classes")  # fmt: skip
 FEW = 8  # labels at most: what pretraining is for; differences are told for all such numbers together as well
-TOGETHER = ("labels together", "arm", "seeds", "difference to scratch", "better cases, seeds", "difference to MAE")
+TOGETHER = ("labels together", "arm", "seeds", "difference to scratch", "better cases, seeds",
+            "difference to initial network", "difference to MAE")  # fmt: skip
 PROBED = ("arm", "seeds", "linear, encoder", "linear, all maps", "matches, encoder", "matches, all maps")
 COST = ("arm", "steps", "samples", "pretraining, min", "tensors not reached")
 
@@ -65,10 +66,10 @@ def of_plan(lines: Sequence[Line], plan: Plan) -> list[Line]:
 
 def _seen(lines: Sequence[Line], transductive: bool) -> list[Line]:
     """Arms whose pretraining saw the test images, or not; those without pretraining are of both."""
-    mine = [line for line in lines if line["arm"] not in (SCRATCH, PLATEAU) and line["transductive"] == transductive]
+    mine = [line for line in lines if line["arm"] not in UNTRAINED and line["transductive"] == transductive]
     if transductive and not mine:
         return []
-    return [line for line in lines if line["arm"] in (SCRATCH, PLATEAU)] + mine
+    return [line for line in lines if line["arm"] in UNTRAINED] + mine
 
 
 def tables(lines: Sequence[Line]) -> str:
@@ -116,7 +117,7 @@ def _mixed(tuned: Sequence[Line]) -> str:
     commits = sorted({line["commit"] for line in tuned if line.get("commit")})
     weights: dict[str, set[str]] = {}
     for line in tuned:
-        if line["arm"] not in (SCRATCH, PLATEAU) and "weights_sha256" in line:
+        if line["arm"] not in UNTRAINED and "weights_sha256" in line:
             weights.setdefault(line["arm"], set()).add(line["weights_sha256"])
     several = [arm for arm, found in weights.items() if len(found) > 1]
     return "".join(
@@ -147,9 +148,9 @@ def compared_runs(lines: Sequence[Line], labels: int) -> dict[str, dict[int, Lin
 
 
 def arms_of(lines: Sequence[Line]) -> list[str]:
-    """Scratch, its plateau, the masked autoencoder, then the methods by name."""
-    order = {SCRATCH: 0, PLATEAU: 1, "mae": 2}
-    return sorted({line["arm"] for line in lines}, key=lambda arm: (order.get(arm, 3), arm))
+    """Those that nobody pretrained, the masked autoencoder, then the methods by name."""
+    order = [*UNTRAINED, "mae"]
+    return sorted({line["arm"] for line in lines}, key=lambda arm: (order.index(arm) if arm in order else 9, arm))
 
 
 def _tuned_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
@@ -160,7 +161,7 @@ def _tuned_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
             means = [run["dice"]["mean"] for run in runs.values()]
             names = next(iter(runs.values()))["dice"]["classes"]
             classes = {key: _mean(run["dice"]["classes"][key] for run in runs.values()) for key in names}
-            scratch, plateau, mae = (_difference(arm, base, every) for base in BASELINES)
+            scratch, plateau, initial, mae = (_difference(arm, base, every) for base in BASELINES)
             rows.append(
                 (
                     str(labels),
@@ -169,6 +170,7 @@ def _tuned_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
                     _mean_and_spread(means),
                     *scratch,
                     plateau[0],
+                    initial[0],
                     mae[0],
                     ", ".join(f"{key}: {value:.2f}" for key, value in classes.items() if value is not None),
                 )
@@ -188,9 +190,9 @@ def _together_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
     every = {arm: {seed: runs[seed] for seed in seeds} for arm, runs in every.items()}
     rows: list[tuple[str, ...]] = []
     for arm, runs in every.items():
-        scratch, _, mae = (_difference(arm, base, every) for base in BASELINES)
+        scratch, _, initial, mae = (_difference(arm, base, every) for base in BASELINES)
         if scratch[0] or mae[0]:
-            rows.append((" + ".join(map(str, counts)), arm, str(len(runs)), *scratch, mae[0]))
+            rows.append((" + ".join(map(str, counts)), arm, str(len(runs)), *scratch, initial[0], mae[0]))
     return rows
 
 
@@ -289,8 +291,8 @@ def plot(lines: Sequence[Line], path: Path) -> None:
                 [n * shift for n in there], [np.mean(each) for each in means],
                 yerr=[np.std(each, ddof=1) if len(each) > 1 else 0.0 for each in means],
                 label=f"{arm} ({max(map(len, means))} seeds)",
-                color="black" if arm in (SCRATCH, PLATEAU) else f"C{index}",
-                linestyle=":" if arm == PLATEAU else "--" if arm == SCRATCH else "-", marker="o", capsize=2,
+                color="black" if arm in UNTRAINED else f"C{index}",
+                linestyle={SCRATCH: "--", PLATEAU: ":", INITIAL: "-."}.get(arm, "-"), marker="o", capsize=2,
             )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(n) for n in counts])

@@ -14,12 +14,26 @@ import yaml
 from voxtrast.benchmarks import label_efficiency, label_results
 from voxtrast.benchmarks.harness import append
 from voxtrast.benchmarks.label_efficiency import Bench, check_task, run
-from voxtrast.benchmarks.label_plan import PLAN, PLATEAU, SCRATCH, Job, Plan, Task, pretraining, read_plan, setting
+from voxtrast.benchmarks.label_job import untrained
+from voxtrast.benchmarks.label_plan import (
+    INITIAL,
+    PLAN,
+    PLATEAU,
+    SCRATCH,
+    Job,
+    Plan,
+    Task,
+    pretraining,
+    read_plan,
+    setting,
+)
 from voxtrast.benchmarks.voxel_probes import at_every_voxel, match
+from voxtrast.engine.config import load_config
 from voxtrast.engine.data.splits import held_aside
 from voxtrast.engine.data.store import Store
 from voxtrast.engine.errors import UserError
-from voxtrast.engine.weights import save_weights
+from voxtrast.engine.runs import build_method
+from voxtrast.engine.weights import load_weights, save_weights
 
 SMALL = {
     "backbone": ["backbone.features=[4,8]", "backbone.norm=instance"],
@@ -75,12 +89,24 @@ def test_arms_and_tasks_stay_in_balance_whenever_it_is_stopped() -> None:
     for job in plan.jobs():
         if job.kind == "finetune" and job.arm != PLATEAU:
             counts[job.task, job.arm] = counts.get((job.task, job.arm), 0) + 1
-            assert max(counts.values()) - min(counts.values()) <= 1 or len(counts) < 2 * 8
+            assert max(counts.values()) - min(counts.values()) <= 1 or len(counts) < 2 * 9
     assert set(counts.values()) == {len(plan.labels) * len(plan.seeds)}
     jobs = list(plan.jobs())
     assert len(set(jobs)) == len(jobs)
     for index, job in enumerate(jobs):
         assert job.needs is None or job.needs in jobs[:index]
+
+
+def test_all_pretraining_begins_with_the_network_that_is_fine_tuned_as_the_initial_one(
+    tmp_path: Path,
+) -> None:
+    plan = read_plan()
+    task = plan.tasks["lumbar"]
+    initial, _ = load_weights(untrained(plan, task, tmp_path))
+    for method in task.pretrain:
+        begins = build_method(load_config(f"{method}-tiny", plan.words(task, method))).backbone.transferable()
+        assert begins.keys() == initial.keys()
+        assert all(torch.equal(initial[name], tensor) for name, tensor in begins.items())
 
 
 def test_a_result_counts_for_what_was_set_when_it_was_made(bench: Bench) -> None:
@@ -125,12 +151,13 @@ def test_what_has_its_line_is_not_run_again_and_what_fails_takes_what_needs_it_a
     assert "made: pretrain pcl: failed with exit code 3: no volume can be read" in capsys.readouterr().err
     first = begun.read_text(encoding="utf-8").splitlines()
     assert not any("finetune pcl" in each for each in first)
-    assert sum("finetune" in each for each in first) == 3  # two labels' scratch, and mae's
+    assert sum("finetune" in each for each in first) == 3  # scratch, the initial network, mae
     run(bench, jobs, hours=1)
     second = begun.read_text(encoding="utf-8").splitlines()[len(first) :]
     assert not set(second) & set(first) - {"made: pretrain pcl"}
     assert {tuple(each[key] for key in ("kind", "arm", "labels")) for each in label_results.read([bench.file])} == {
-        ("finetune", SCRATCH, 2), ("finetune", "mae", 2), ("finetune", SCRATCH, 1), ("finetune", "mae", 1),
+        ("finetune", SCRATCH, 2), ("finetune", INITIAL, 2), ("finetune", "mae", 2),
+        ("finetune", SCRATCH, 1), ("finetune", INITIAL, 1), ("finetune", "mae", 1),
         ("probe", SCRATCH, 0), ("probe", "mae", 0), ("finetune", PLATEAU, 1),
     }  # fmt: skip
 
@@ -191,18 +218,18 @@ def test_tables_compare_seed_by_seed_and_case_by_case(tmp_path: Path) -> None:
     lines += [line("mae", 2, 0, [0.5, 0.5])]
     lines += [line("mae", 2, seed, [0.55, 0.65]) for seed in range(2)]  # repeated: the last counts
     lines += [line(PLATEAU, 2, 0, [0.7, 0.7])]
+    lines += [line(INITIAL, 2, seed, [0.5, 0.7]) for seed in range(2)]
     file = tmp_path / "lines.jsonl"
     file.write_text("".join(json.dumps(each) + "\n" for each in [{"op": "another benchmark"}, *lines]))
     text = label_results.tables(label_results.read([file]))
     rows = {row.split(" | ")[1]: row for row in text.splitlines() if row.startswith("| 2 ")}
-    assert list(rows) == [SCRATCH, PLATEAU, "mae", "cover"]
+    assert list(rows) == [SCRATCH, PLATEAU, INITIAL, "mae", "cover"]
     # The third seed is scratch's alone, and counts for none.
     assert rows[SCRATCH].startswith("| 2 | scratch | 2 | 0.550 ± 0.000 |  |  | -0.150 (-0.200 to -0.100) |")
     to_scratch, to_plateau = "+0.025 (-0.200 to +0.100) | 1 of 2, 1 of 2", "-0.050 (-0.100 to +0.000)"
-    assert f"| 2 | 0.575 ± 0.106 | {to_scratch} | {to_plateau} |" in rows["cover"]
-    assert rows["mae"].endswith(
-        "| +0.050 (+0.050 to +0.050) | 2 of 2, 2 of 2 | -0.100 (-0.150 to -0.050) |  | 1: 0.60 |"
-    )
+    assert f"| 2 | 0.575 ± 0.106 | {to_scratch} | {to_plateau} | -0.025 (-0.200 to +0.100) |" in rows["cover"]
+    to_plateau, to_initial = "-0.100 (-0.150 to -0.050)", "+0.000 (-0.050 to +0.050)"
+    assert rows["mae"].endswith(f"(+0.050 to +0.050) | 2 of 2, 2 of 2 | {to_plateau} | {to_initial} |  | 1: 0.60 |")
     assert "| 1 | 0.700 | +0.150 (+0.100 to +0.200) | 2 of 2, 1 of 1 |" in rows[PLATEAU]
     label_results.plot(lines, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
@@ -225,7 +252,7 @@ def test_few_labels_together_are_of_the_seeds_that_have_all_of_them() -> None:
     lines += [line("mae", 2, 0, [0.9, 0.9])]
     rows = [row for row in label_results.tables(lines).splitlines() if row.startswith("| 2 + 8 |")]
     # (0.1 + 0)/2 and (0 + 0.2)/2 of the first seed, (0.1 + 0.1)/2 and (0 + 0.2)/2 of the second
-    assert rows == ["| 2 + 8 | cover | 2 | +0.087 (+0.050 to +0.100) | 2 of 2, 2 of 2 |  |"]
+    assert rows == ["| 2 + 8 | cover | 2 | +0.087 (+0.050 to +0.100) | 2 of 2, 2 of 2 |  |  |"]
 
 
 def test_a_line_that_was_cut_off_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,7 +303,7 @@ def test_a_small_plan_runs_from_raw_volumes_to_its_tables(tiny_store: Path, plan
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     assert done.returncode == 0, done.stderr
     lines = label_results.read([tmp_path / "into" / "results.jsonl"])
-    assert len(lines) == 2 * 3 + 3 + 1
+    assert len(lines) == 2 * 4 + 3 + 1
     found = {(each["kind"], each["arm"], each["labels"]): each for each in lines}
     tests = {tuple(case["case"] for case in each["cases"]) for each in lines if each["kind"] == "finetune"}
     assert len(tests) == 1
@@ -289,7 +316,7 @@ def test_a_small_plan_runs_from_raw_volumes_to_its_tables(tiny_store: Path, plan
     assert found["probe", "mae", 0]["linear"]["encoder"]["dice"]["mean"] > 0
     assert "### made" in done.stdout
     again = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
-    assert "12 of 12 runs are done" in again.stderr
+    assert "14 of 14 runs are done" in again.stderr
     assert label_results.read([tmp_path / "into" / "results.jsonl"]) == lines
 
 
