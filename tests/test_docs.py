@@ -168,7 +168,14 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cli.md", "configuration.md", "recipes.md", pytest.param("bench.md", marks=pytest.mark.slow)]
+    "name",
+    [
+        "cli.md",
+        "configuration.md",
+        "recipes.md",
+        "label-efficiency.md",
+        pytest.param("bench.md", marks=pytest.mark.slow),
+    ],
 )
 def test_the_reference_is_what_the_code_says(name: str) -> None:
     written = (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8")

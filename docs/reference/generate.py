@@ -1,4 +1,4 @@
-"""Writes the pages of reference that follow from the code: commands, settings and recipes.
+"""Writes the pages of reference that follow from the code: commands, settings and recipes; and tables of results.
 
 python docs/reference/generate.py          # where voxtrast is installed; tests say when the pages are out of date
 """
@@ -18,11 +18,15 @@ import typer
 from omegaconf import OmegaConf
 from setting_fields import Setting, description, settings_of
 
+from voxtrast.benchmarks.label_plan import read_plan
+from voxtrast.benchmarks.label_results import of_plan, read, tables
 from voxtrast.engine import cli, config
 from voxtrast.methods import METHODS, BackboneConfig, recipe_names
 from voxtrast.methods.stages import Stage
 
 FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
+RESULTS = "benchmarks/results/label-efficiency.jsonl"
 WRITTEN = "<!-- Written by docs/reference/generate.py from the code: change that, and run it again. -->\n"
 PASSED_ON = {"pretrain": "engine.pretrain", "launch": "engine.launch", "views": "engine.views"}
 RANGES = (
@@ -302,11 +306,27 @@ def recipes_page() -> str:
     )
 
 
+def label_efficiency_page() -> str:
+    """The tables of the committed lines, as the command prints them."""
+    plan = read_plan(None)
+    lines = of_plan(read([ROOT / RESULTS]), plan)
+    return f"""{WRITTEN}# Results: Dice with few labels
+
+    voxtrast bench label-efficiency --table {RESULTS}
+
+[What is compared](../label-efficiency.md), what was found, and what the intervals leave out, comes first.
+Differences are in Dice, mean and 95 % interval; each is of equal seeds and equal test cases.
+
+{tables(lines).replace("### ", "## ").rstrip()}
+"""
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "cli.md": cli_page,
     "bench.md": bench_page,
     "configuration.md": configuration_page,
     "recipes.md": recipes_page,
+    "label-efficiency.md": label_efficiency_page,
 }
 
 if __name__ == "__main__":
