@@ -291,7 +291,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
                 [n * shift for n in there], [np.mean(each) for each in means],
                 yerr=[np.std(each, ddof=1) if len(each) > 1 else 0.0 for each in means],
                 label=f"{arm} ({max(map(len, means))} seeds)",
-                color="black" if arm in UNTRAINED else f"C{index}",
+                color={INITIAL: "grey"}.get(arm, "black" if arm in UNTRAINED else f"C{index}"),
                 linestyle={SCRATCH: "--", PLATEAU: ":", INITIAL: "-."}.get(arm, "-"), marker="o", capsize=2,
             )  # fmt: skip
         axes.set_xscale("log", base=2)
