@@ -277,6 +277,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     names = list(dict.fromkeys(line["task"] for line in tuned))
     figure = Figure(figsize=(6.5 * max(1, len(names)), 5), layout="constrained")
     every = arms_of(tuned)
+    trained = [arm for arm in every if arm not in UNTRAINED]
     for axes, task in zip(figure.subplots(1, max(1, len(names)), squeeze=False)[0], names, strict=False):
         mine = [line for line in tuned if line["task"] == task]
         counts = sorted({line["labels"] for line in mine})
@@ -291,7 +292,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
                 [n * shift for n in there], [np.mean(each) for each in means],
                 yerr=[np.std(each, ddof=1) if len(each) > 1 else 0.0 for each in means],
                 label=f"{arm} ({max(map(len, means))} seeds)",
-                color={INITIAL: "grey"}.get(arm, "black" if arm in UNTRAINED else f"C{index}"),
+                color={INITIAL: "grey"}.get(arm, "black" if arm in UNTRAINED else f"C{trained.index(arm)}"),
                 linestyle={SCRATCH: "--", PLATEAU: ":", INITIAL: "-."}.get(arm, "-"), marker="o", capsize=2,
             )  # fmt: skip
         axes.set_xscale("log", base=2)
