@@ -48,7 +48,7 @@ def untrained(plan: Plan, task: Task, folder: Path) -> Path:
     config = load_config(f"{arm}-tiny", plan.words(task, arm))
     file = folder / "untrained.safetensors"
     description = {"format": 1, "backbone": config.backbone.to_dict()}
-    save_weights(file, build_method(config).backbone.transferable(), description)
+    save_weights(file, build_method(config).transferable(), description)
     return file
 
 

@@ -104,7 +104,7 @@ def test_all_pretraining_begins_with_the_network_that_is_fine_tuned_as_the_initi
     task = plan.tasks["lumbar"]
     initial, _ = load_weights(untrained(plan, task, tmp_path))
     for method in task.pretrain:
-        begins = build_method(load_config(f"{method}-tiny", plan.words(task, method))).backbone.transferable()
+        begins = build_method(load_config(f"{method}-tiny", plan.words(task, method))).transferable()
         assert begins.keys() == initial.keys()
         assert all(torch.equal(initial[name], tensor) for name, tensor in begins.items())
 
