@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +136,21 @@ def paired_difference(pairs: list[tuple[dict[str, Any], dict[str, Any]]], seed: 
         rows.append([case["mean"] - base[case["case"]] for case in pretrained["cases"] if case["mean"] is not None])
     values = np.array(rows)  # (seeds, cases)
     seeds, cases = values.shape
-    generator = np.random.Generator(np.random.Philox(key=seed))
-    # Drawing with replacement, as counts: (resamples, seeds) and (resamples, cases).
-    seed_weights = generator.multinomial(seeds, [1 / seeds] * seeds, size=RESAMPLES) / seeds
-    case_weights = generator.multinomial(cases, [1 / cases] * cases, size=RESAMPLES) / cases
+    seed_weights, case_weights = _resampled(seeds, cases, seed)
     means = ((seed_weights @ values) * case_weights).sum(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     better = int((values.mean(axis=0) > 0).sum())
     return Difference(float(values.mean()), float(low), float(high), better, cases, seeds)
+
+
+@cache
+def _resampled(seeds: int, cases: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Drawing with replacement, as shares: (resamples, seeds) and (resamples, cases). Many differences share it."""
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    return (
+        generator.multinomial(seeds, [1 / seeds] * seeds, size=RESAMPLES) / seeds,
+        generator.multinomial(cases, [1 / cases] * cases, size=RESAMPLES) / cases,
+    )
 
 
 def _row(
