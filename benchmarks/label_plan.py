@@ -124,6 +124,8 @@ def read_plan(path: Path | None = None) -> Plan:
     }
     plan = Plan(**{**values, "tasks": tasks})
     for task in tasks.values():
+        if not task.pretrain:
+            raise UserError(f"{source}: tasks.{task.name}.pretrain: names no method; name one at least")
         _exactly(task.finetune, FINETUNE, f"{source}: tasks.{task.name}.finetune")
         for method in task.pretrain:
             if f"{method}-tiny" not in recipe_names():

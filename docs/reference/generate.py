@@ -308,9 +308,9 @@ def recipes_page() -> str:
 
 def label_efficiency_page() -> str:
     """The tables of the committed lines, as the command prints them."""
-    plan = read_plan(None)
-    lines = of_plan(read([ROOT / RESULTS]), plan)
-    return f"""{WRITTEN}# Results: Dice with few labels
+    lines = of_plan(read([ROOT / RESULTS]), read_plan())
+    return f"""<!-- Written by docs/reference/generate.py from {RESULTS}: run it again where these change. -->
+# Results: Dice with few labels
 
     voxtrast bench label-efficiency --table {RESULTS}
 

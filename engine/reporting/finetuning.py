@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..downstream.table import Row, label_table, read_lines
+from ..downstream.scoring import DISTANCES
+from ..downstream.table import DISTANCE_HEADINGS, Row, label_table, read_lines
 from . import evidence, page
 from .story import Story
 
 Line = dict[str, Any]
-DISTANCES = {"hd95": "HD95, mm", "surface_distance": "surface distance, mm"}
 ARMS = {"pretrained": "pretrained", "scratch": "from scratch"}
 TABLE = (
     "±: standard deviation over seeds. Interval: bootstrap over seeds and test cases, paired by both. Arms of a table "
@@ -136,7 +136,8 @@ def _table(rows: Sequence[Row], story: Story) -> str:
 def _runs(lines: Sequence[Line], story: Story) -> str:
     classes = list(dict.fromkeys(value for line in lines for value in line["dice"]["classes"]))
     names = (story.class_name(value) for value in classes)
-    measured = DISTANCES if any("hd95" in line for line in lines) else {}
+    anywhere = any(name in line for line in lines for name in DISTANCES)
+    measured = dict(zip(DISTANCES, DISTANCE_HEADINGS, strict=False)) if anywhere else {}
     header = ("arm", "labels", "seed", "Dice", *names, *measured.values(), "training loss, first", "last", "seconds")
     rows = []
     for line in lines:

@@ -97,9 +97,7 @@ def test_arms_and_tasks_stay_in_balance_whenever_it_is_stopped() -> None:
         assert job.needs is None or job.needs in jobs[:index]
 
 
-def test_all_pretraining_begins_with_the_network_that_is_fine_tuned_as_the_initial_one(
-    tmp_path: Path,
-) -> None:
+def test_all_pretraining_begins_with_the_network_that_is_the_initial_one(tmp_path: Path) -> None:
     plan = read_plan()
     task = plan.tasks["lumbar"]
     initial, _ = load_weights(untrained(plan, task, tmp_path))
@@ -199,6 +197,7 @@ def test_labels_that_are_not_the_plans_are_refused(tiny_store: Path, bench: Benc
     [
         ({"labels": None}, "expected the keys"),
         ({"tasks": {"made": {"data": "raw"}}}, "tasks.made: expected the keys"),
+        ({"tasks": {"made": {**SMALL["tasks"]["made"], "pretrain": {}}}}, "tasks.made.pretrain: names no method"),
         ({"backbone": ["backbone.featurs=[4]"]}, "featurs"),
     ],
 )

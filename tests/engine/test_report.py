@@ -159,7 +159,7 @@ def test_page_holds_the_numbers_of_the_logs(page: Path, run: Path) -> None:
         assert f"{line['dice']['classes']['1']:.3f}" in text
         for name in ("hd95", "surface_distance"):
             assert line[name]["mean"] is None or f"{line[name]['mean']:.2f}" in text
-    assert "HD95, mm" in text
+    assert "HD95 mm" in text
 
 
 def test_models_are_those_of_the_run_that_most_arms_have_and_must_fit(run: Path, tmp_path: Path) -> None:
