@@ -177,7 +177,10 @@ def test_memory_grows_with_the_vectors_and_not_with_the_pairs() -> None:
     assert plain > 64  # and is seen: 4000 x 4000 in the plain form
 
 
-@pytest.mark.parametrize("path", ["avx512", "avx2", "portable"])
+# All other tests take the best path that the processor has; the long ones try each.
+@pytest.mark.parametrize(
+    "path", ["portable", *(pytest.param(path, marks=pytest.mark.slow) for path in ("avx512", "avx2"))]
+)
 def test_every_path_of_the_compiled_code_is_as_accurate(path: str) -> None:
     """A processor without a path takes the next one, which is then measured twice."""
     tests = "test_value_and_gradients_match_float64 or test_a_set_with_itself_without or low_precision or any_length"

@@ -177,7 +177,10 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype, amplitude
         assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("path", ["avx512", "avx2", "portable"])
+# All other tests take the best path that the processor has; the long ones try each.
+@pytest.mark.parametrize(
+    "path", ["portable", *(pytest.param(path, marks=pytest.mark.slow) for path in ("avx512", "avx2"))]
+)
 def test_every_path_of_the_compiled_code_is_as_accurate(path: str) -> None:
     """A processor without a path takes the next one, which is then measured twice."""
     tests = "test_value_and_gradients or test_points_that_land or bit_for_bit"
