@@ -17,8 +17,8 @@ from .voxel_probes import PARTS, RIGHT_VOXELS
 Line = dict[str, Any]
 KEY = ("kind", "task", "arm", "labels", "seed", "setting")  # what makes two lines the same run
 BASELINES = (SCRATCH, PLATEAU, INITIAL, "mae")  # that the others are compared with
-TUNED = ("labels", "arm", "seeds", "Dice", "difference to scratch", "better cases, seeds", "difference to its plateau",
-         "difference to initial network", "difference to MAE", "classes")  # fmt: skip
+TUNED = ("labels", "arm", "seeds", "Dice", "all classes as one", "difference to scratch", "better cases, seeds",
+         "difference to its plateau", "difference to initial network", "difference to MAE", "classes")  # fmt: skip
 FEW = 8  # labels at most: what pretraining is for; differences are told for all such numbers together as well
 TOGETHER = ("labels together", "arm", "seeds", "difference to scratch", "better cases, seeds",
             "difference to initial network", "difference to MAE")  # fmt: skip
@@ -161,6 +161,7 @@ def _tuned_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
             means = [run["dice"]["mean"] for run in runs.values()]
             names = next(iter(runs.values()))["dice"]["classes"]
             classes = {key: _mean(run["dice"]["classes"][key] for run in runs.values()) for key in names}
+            together = [run["dice"].get("foreground") for run in runs.values()]  # older lines have none
             scratch, plateau, initial, mae = (_difference(arm, base, every) for base in BASELINES)
             rows.append(
                 (
@@ -168,6 +169,7 @@ def _tuned_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
                     arm,
                     str(len(runs)),
                     _mean_and_spread(means),
+                    "" if None in together else _mean_and_spread(together),
                     *scratch,
                     plateau[0],
                     initial[0],
@@ -265,7 +267,9 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     note = (
         f"\n\nmatches: share of voxels found within {RIGHT_VOXELS:g} voxels in the other view" if head is PROBED else ""
     )
-    lines = [head, ["---"] * len(head), *rows]
+    told = [column for column in zip(head, *rows, strict=True) if any(column[1:])]
+    lines = list(zip(*told, strict=True))
+    lines.insert(1, ("---",) * len(told))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + note
 
 

@@ -30,8 +30,9 @@ def score(
         surface: with distances, which take longer than the Dice.
 
     Returns: {"dice": {label value: Dice, None where the label lacks the class}, "mean": over the others}, and the
-        label values that are "missed" (in the label alone) and "spurious" (in the prediction alone); with `surface`
-        also "hd95" and "surface_distance" in mm, None where prediction or label lacks the class.
+        label values that are "missed" (in the label alone) and "spurious" (in the prediction alone); of several
+        classes also "foreground", the Dice of all of them taken as one, which confusing them does not lower; with
+        `surface` also "hd95" and "surface_distance" in mm, None where prediction or label lacks the class.
     """
     found, wanted = (ndimage.find_objects(each, max_label=len(classes) - 1) for each in (prediction, label))
     result: dict[str, Any] = {"dice": {}, "missed": [], "spurious": []}
@@ -52,19 +53,28 @@ def score(
         if len(boxes) == 1:
             result["spurious" if found[index - 1] is not None else "missed"].append(value)
     result["mean"] = mean_of(result["dice"].values())
+    if len(classes) > 2:
+        wanted_here, found_here = label > 0, prediction > 0
+        size = np.count_nonzero(wanted_here) + np.count_nonzero(found_here)
+        shared = np.count_nonzero(wanted_here & found_here)
+        result["foreground"] = round(2 * shared / size, 6) if wanted_here.any() else None
     return result
 
 
 def summarise(results: Sequence[dict[str, Any]], name: str = "dice") -> dict[str, Any]:
     """Macro means of "dice", "hd95" or "surface_distance".
 
-    Returns: {"mean": over the cases' own means, "classes": {label value: over the cases that have a number}}.
+    Returns: {"mean": over the cases' own means, "classes": {label value: over the cases that have a number}}, and of
+        the Dice of several classes "foreground", over the cases that have one.
     """
     values = results[0][name]
-    return {
+    summary = {
         "mean": mean_of(mean_of(result[name].values()) if name != "dice" else result["mean"] for result in results),
         "classes": {value: mean_of(result[name][value] for result in results) for value in values},
     }
+    if name == "dice" and "foreground" in results[0]:
+        summary["foreground"] = mean_of(result["foreground"] for result in results)
+    return summary
 
 
 def distances(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -82,6 +92,8 @@ def in_words(summary: dict[str, Any]) -> str:
     dice = summary["dice"]
     classes = ", ".join(f"{value}: {each:.3f}" for value, each in dice["classes"].items() if each is not None)
     words = f"Dice {dice['mean']:.3f} ({classes})" if dice["mean"] is not None else "no Dice"
+    if dice.get("foreground") is not None:
+        words += f", of all classes as one {dice['foreground']:.3f}"
     for name, title in zip(DISTANCES, ("HD95", "surface distance"), strict=True):
         if (mean := summary.get(name, {}).get("mean")) is not None:
             words += f", {title} {mean:.2f} mm"

@@ -230,6 +230,13 @@ def test_tables_compare_seed_by_seed_and_case_by_case(tmp_path: Path) -> None:
     to_plateau, to_initial = "-0.100 (-0.150 to -0.050)", "+0.000 (-0.050 to +0.050)"
     assert rows["mae"].endswith(f"(+0.050 to +0.050) | 2 of 2, 2 of 2 | {to_plateau} | {to_initial} |  | 1: 0.60 |")
     assert "| 1 | 0.700 | +0.150 (+0.100 to +0.200) | 2 of 2, 1 of 1 |" in rows[PLATEAU]
+    assert "all classes as one" not in text
+    for each in lines:
+        if each["arm"] != "cover" or each["seed"]:
+            each["dice"]["foreground"] = 0.7 + 0.1 * each["seed"]
+    rows = [row.split(" | ")[1:6] for row in label_results.tables(lines).splitlines() if row.startswith("| 2 ")]
+    assert rows[0] == [SCRATCH, "2", "0.550 ± 0.000", "0.750 ± 0.071", ""]
+    assert rows[-1][:4] == ["cover", "2", "0.575 ± 0.106", ""], "one run has none"
     label_results.plot(lines, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
@@ -251,7 +258,8 @@ def test_few_labels_together_are_of_the_seeds_that_have_all_of_them() -> None:
     lines += [line("mae", 2, 0, [0.9, 0.9])]
     rows = [row for row in label_results.tables(lines).splitlines() if row.startswith("| 2 + 8 |")]
     # (0.1 + 0)/2 and (0 + 0.2)/2 of the first seed, (0.1 + 0.1)/2 and (0 + 0.2)/2 of the second
-    assert rows == ["| 2 + 8 | cover | 2 | +0.087 (+0.050 to +0.100) | 2 of 2, 2 of 2 |  |  |"]
+    # and no empty columns.
+    assert rows == ["| 2 + 8 | cover | 2 | +0.087 (+0.050 to +0.100) | 2 of 2, 2 of 2 |"]
 
 
 def test_a_line_that_was_cut_off_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,7 @@ def test_dice_equals_the_formula_and_a_class_that_is_absent_has_none(store: Stor
         "case": item.case.id,
         "dice": {"2": round(2 * 8 / (12 + 16), 6), "5": None},
         "mean": round(2 * 8 / (12 + 16), 6),
+        "foreground": round(2 * 8 / (12 + 16), 6),
         "missed": [],
         "spurious": [],
     }

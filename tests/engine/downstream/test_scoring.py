@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from monai.metrics.hausdorff_distance import compute_hausdorff_distance
+from monai.metrics.meandice import compute_dice
 from monai.metrics.surface_distance import compute_average_surface_distance
 from monai.networks.utils import one_hot
 
@@ -42,6 +43,19 @@ def test_cutting_the_box_out_changes_none_of_monai_s_numbers() -> None:
     distance = compute_average_surface_distance(maps[0], maps[1], symmetric=True, spacing=[2.0, 1.0, 0.7])[0]
     assert list(result["hd95"].values()) == pytest.approx(hd95.tolist(), abs=1e-6)
     assert list(result["surface_distance"].values()) == pytest.approx(distance.tolist(), abs=1e-6)
+    foreground = [torch.from_numpy(each > 0)[None, None].float() for each in (prediction, label)]
+    assert result["foreground"] == pytest.approx(compute_dice(*foreground).item(), abs=1e-6)
+
+
+def test_classes_taken_for_one_another_lower_their_dice_and_not_that_of_all_as_one() -> None:
+    label = box((6, 6, 6), slice(1, 3)) + box((6, 6, 6), slice(3, 5), value=2)
+    swapped = np.array([0, 2, 1], np.uint8)[label]
+    one, other = score(label, label, CLASSES, (1, 1, 1), False), score(swapped, label, CLASSES, (1, 1, 1), False)
+    assert (other["mean"], other["foreground"]) == (0.0, 1.0)
+    nothing = score(label, label * 0, CLASSES, (1, 1, 1), False)
+    assert nothing["foreground"] is None
+    assert summarise([one, other, nothing])["foreground"] == 1.0
+    assert "foreground" not in score(label, label, (0, 1), (1, 1, 1), False)
 
 
 def test_a_class_on_one_side_alone_has_no_distance_and_is_counted() -> None:
@@ -63,4 +77,5 @@ def test_the_words_name_what_was_left_out() -> None:
     label = box((9, 9, 9), slice(1, 4), slice(1, 4), slice(1, 4))
     results = [score(label, label, CLASSES, (1, 1, 1), True), score(label * 0, label, CLASSES, (1, 1, 1), True)]
     words = in_words({"dice": summarise(results), **distances(results)})
-    assert words == "Dice 0.500 (2: 0.500), HD95 0.00 mm, surface distance 0.00 mm, 1 missed"
+    dice, distance = "Dice 0.500 (2: 0.500), of all classes as one 0.500", "HD95 0.00 mm, surface distance 0.00 mm"
+    assert words == f"{dice}, {distance}, 1 missed"
