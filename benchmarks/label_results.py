@@ -17,8 +17,9 @@ from .voxel_probes import PARTS, RIGHT_VOXELS
 Line = dict[str, Any]
 KEY = ("kind", "task", "arm", "labels", "seed", "setting")  # what makes two lines the same run
 BASELINES = (SCRATCH, PLATEAU, INITIAL, "mae")  # that the others are compared with
-TUNED = ("labels", "arm", "seeds", "Dice", "all classes as one", "difference to scratch", "better cases, seeds",
-         "difference to its plateau", "difference to initial network", "difference to MAE", "classes")  # fmt: skip
+TUNED = ("labels", "arm", "seeds", "Dice", "difference to scratch", "better cases, seeds", "difference to its plateau",
+         "difference to initial network", "difference to MAE", "classes",
+         "all classes as one", "its difference to scratch")  # fmt: skip
 FEW = 8  # labels at most: what pretraining is for; differences are told for all such numbers together as well
 TOGETHER = ("labels together", "arm", "seeds", "difference to scratch", "better cases, seeds",
             "difference to initial network", "difference to MAE")  # fmt: skip
@@ -157,11 +158,11 @@ def _tuned_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for labels in sorted({line["labels"] for line in lines if line["kind"] == "finetune"}):
         every = compared_runs(lines, labels)
+        as_one = _as_one(every)
         for arm, runs in every.items():
             means = [run["dice"]["mean"] for run in runs.values()]
             names = next(iter(runs.values()))["dice"]["classes"]
             classes = {key: _mean(run["dice"]["classes"][key] for run in runs.values()) for key in names}
-            together = [run["dice"].get("foreground") for run in runs.values()]  # older lines have none
             scratch, plateau, initial, mae = (_difference(arm, base, every) for base in BASELINES)
             rows.append(
                 (
@@ -169,15 +170,30 @@ def _tuned_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
                     arm,
                     str(len(runs)),
                     _mean_and_spread(means),
-                    "" if None in together else _mean_and_spread(together),
                     *scratch,
                     plateau[0],
                     initial[0],
                     mae[0],
                     ", ".join(f"{key}: {value:.2f}" for key, value in classes.items() if value is not None),
+                    _mean_and_spread([_mean_of(run) for run in as_one[arm].values()]) if arm in as_one else "",
+                    _difference(arm, SCRATCH, as_one)[0] if arm in as_one else "",
                 )
             )
     return rows
+
+
+def _as_one(every: dict[str, dict[int, Line]]) -> dict[str, dict[int, Line]]:
+    """The same runs with the Dice of all classes taken as one; of arms that have it in every run, which older lines
+    and tasks of one class do not."""
+
+    def lean(run: Line) -> Line:
+        return {"cases": [{"case": case["case"], "mean": case["foreground"]} for case in run["cases"]]}
+
+    return {
+        arm: {seed: lean(run) for seed, run in runs.items()}
+        for arm, runs in every.items()
+        if all("foreground" in case for run in runs.values() for case in run["cases"])
+    }
 
 
 def _together_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
