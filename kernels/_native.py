@@ -5,11 +5,13 @@ missing, the operators run as their torch reference, and a warning says so once.
 """
 
 import importlib
+import os
 import warnings
 from pathlib import Path
 
 import torch
 
+TARGETS = ("avx512", "avx2", "portable")
 _CUDA_LIBRARY = Path(__file__).with_name("_C_cuda.so")
 _loaded: dict[str, bool] = {}
 _reasons: dict[str, str] = {}
@@ -24,7 +26,18 @@ def load_cpu() -> bool:
         except ImportError as error:
             _reasons["cpu"] = str(error)
         _loaded["cpu"] = "cpu" not in _reasons
+        wanted = os.environ.get("VOXTRAST_CPU", TARGETS[0])
+        if wanted not in TARGETS:
+            _warn("target", f"VOXTRAST_CPU={wanted}: expected {', '.join(TARGETS)} or nothing; portable code runs")
     return _loaded["cpu"]
+
+
+def cpu_target() -> str:
+    """One of TARGETS: what the compiled operators take on this processor, which VOXTRAST_CPU lowers.
+
+    To be called where `load_cpu()` is true.
+    """
+    return str(importlib.import_module("._C", __package__).target())
 
 
 def load_cuda() -> bool:

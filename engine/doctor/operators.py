@@ -22,7 +22,7 @@ OPERATORS = (
     "vector_regression_loss",
     "warped_cosine_loss",
 )
-SETS = ("avx512f", "avx512dq", "avx512vl", "avx512bw")
+TARGETS = {"avx512": "AVX-512", "avx2": "AVX2", "portable": "portable"}
 
 
 def check_operators() -> Iterator[Finding]:
@@ -34,27 +34,11 @@ def check_operators() -> Iterator[Finding]:
     yield _tried()
 
 
-def cpu_path() -> str:
-    """The instruction set that the compiled operators choose on this processor; VOXTRAST_CPU lowers it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            flags = next((set(line.split()) for line in file if line.startswith("flags")), set())
-    except OSError:
-        flags = set()
-    wanted = os.environ.get("VOXTRAST_CPU")
-    narrow = {"avx2", "fma"} <= flags
-    if narrow and flags.issuperset(SETS) and wanted in (None, "avx512"):
-        return "AVX-512"
-    if narrow and wanted in (None, "avx512", "avx2"):
-        return "AVX2"
-    return "portable"
-
-
 def _on_cpu(name: str) -> Finding:
     if _native.is_compiled(name, torch.device("cpu")):
         chosen = os.environ.get("VOXTRAST_CPU")
         reason = f"VOXTRAST_CPU={chosen}" if chosen else "what this processor has"
-        return Finding("operators", f"{name} (cpu)", GOOD, f"compiled, {cpu_path()}: {reason}")
+        return Finding("operators", f"{name} (cpu)", GOOD, f"compiled, {TARGETS[_native.cpu_target()]}: {reason}")
     reason = "the compiled library is missing" if not _native.load_cpu() else "the library lacks it"
     remedy = "install voxtrast again where a C++ compiler is found"
     return Finding("operators", f"{name} (cpu)", NOTE, f"torch reference: {reason}; several times slower", remedy)

@@ -1,7 +1,6 @@
 """What the doctor finds, says and advises; its training on two ranks."""
 
 import copy
-import io
 import json
 import subprocess
 from pathlib import Path
@@ -16,7 +15,7 @@ from voxtrast.engine.doctor import Finding, examine, print_report, two_ranks
 from voxtrast.engine.doctor import operators as doctor_operators
 from voxtrast.engine.doctor import versions as doctor_versions
 from voxtrast.engine.doctor.finding import BROKEN, GOOD, NOTE
-from voxtrast.engine.doctor.operators import OPERATORS, cpu_path
+from voxtrast.engine.doctor.operators import OPERATORS
 from voxtrast.engine.doctor.two_ranks import RECIPE, SETTINGS, check_two_ranks, compare, write_made_up_store
 from voxtrast.engine.runs import build_method
 from voxtrast.kernels import _native
@@ -58,28 +57,8 @@ def test_an_operator_without_its_library_runs_as_reference_and_says_why(monkeypa
     assert found["warp (cpu)"].state == NOTE
     assert found["warp (cpu)"].detail.startswith("torch reference")
     assert found["info_nce (cpu)"].state == GOOD
-
-
-AVX2 = ("avx2", "fma")
-AVX512 = (*AVX2, "avx512f", "avx512dq", "avx512vl", "avx512bw")
-
-
-@pytest.mark.parametrize(
-    ("wanted", "flags", "path"),
-    [("portable", AVX512, "portable"), ("avx2", AVX512, "AVX2"), ("avx2", AVX2, "AVX2"), ("avx2", ("fma",), "portable"),
-     ("avx512", AVX512, "AVX-512"), ("avx512", AVX2, "AVX2"), (None, AVX512, "AVX-512"), (None, AVX512[:-1], "AVX2"),
-     (None, (), "portable")],
-)  # fmt: skip
-def test_the_instruction_set_that_is_asked_for_is_what_is_said(
-    wanted: str | None, flags: tuple[str, ...], path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if wanted is None:
-        monkeypatch.delenv("VOXTRAST_CPU", raising=False)
-    else:
-        monkeypatch.setenv("VOXTRAST_CPU", wanted)
-    text = f"processor: 0\nflags\t: sse {' '.join(flags)}\n"
-    monkeypatch.setattr("builtins.open", lambda name, encoding: io.StringIO(text))
-    assert cpu_path() == path
+    name = {"avx512": "AVX-512", "avx2": "AVX2"}.get(_native.cpu_target(), "portable")
+    assert found["info_nce (cpu)"].detail.startswith(f"compiled, {name}: ")
 
 
 def test_a_store_with_a_missing_volume_and_a_folder_that_is_none_are_broken(tmp_path: Path) -> None:

@@ -63,6 +63,31 @@ def test_without_the_compiled_library_everything_works_and_one_warning_says_so()
     assert "install voxtrast again where a C++ compiler is found" in message
 
 
+NAMED_TARGET = "from voxtrast.kernels import _native; print(_native.cpu_target())"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"), [("portable", ""), ("avx-2", "expected avx512, avx2, portable or nothing")]
+)
+def test_the_environment_chooses_the_instruction_set_and_a_wrong_name_is_told(wanted: str, said: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", NAMED_TARGET],
+        env=os.environ | {"VOXTRAST_CPU": wanted},
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    assert run.stdout.strip() == "portable", run.stderr
+    assert ("VOXTRAST_CPU" in run.stderr) == bool(said)
+    assert said in run.stderr
+
+
+@pytest.mark.skipif("VOXTRAST_CPU" in os.environ, reason="VOXTRAST_CPU chooses the instruction set")
+def test_the_widest_instruction_set_is_taken() -> None:
+    taken = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
+    assert _native.cpu_target() == taken
+
+
 def test_the_compiled_library_is_in_use_here() -> None:
     assert _native.load_cpu()
     names = "warp warp_backward compose_displacement vector_regression_loss warped_cosine_loss pairwise_logsumexp"
