@@ -26,7 +26,8 @@ from voxtrast.methods.stages import Stage
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-RESULTS = "benchmarks/results/label-efficiency.jsonl"
+RESULTS, LONG = (f"benchmarks/results/label-efficiency{name}.jsonl" for name in ("", "-long"))
+LONG_PLAN = "benchmarks/label_efficiency_long.yaml"
 WRITTEN = "<!-- Written by docs/reference/generate.py from the code: change that, and run it again. -->\n"
 PASSED_ON = {"pretrain": "engine.pretrain", "launch": "engine.launch", "views": "engine.views"}
 RANGES = (
@@ -309,7 +310,8 @@ def recipes_page() -> str:
 def label_efficiency_page() -> str:
     """The tables of the committed lines, as the command prints them."""
     lines = of_plan(read([ROOT / RESULTS]), read_plan())
-    return f"""<!-- Written by docs/reference/generate.py from {RESULTS}: run it again where these change. -->
+    long_lines = of_plan(read([ROOT / RESULTS, ROOT / LONG]), read_plan(ROOT / LONG_PLAN))
+    return f"""<!-- Written by docs/reference/generate.py from benchmarks/results: run it again where these change. -->
 # Results: Dice with few labels
 
     voxtrast bench label-efficiency --table {RESULTS}
@@ -318,6 +320,12 @@ def label_efficiency_page() -> str:
 Differences are in Dice, mean and 95 % interval; each is of equal seeds and equal test cases.
 
 {tables(lines).replace("### ", "## ").rstrip()}
+
+## Pretraining five times as long
+
+    voxtrast bench label-efficiency --plan {LONG_PLAN} --table {RESULTS} {LONG}
+
+{tables(long_lines).rstrip()}
 """
 
 
