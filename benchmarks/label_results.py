@@ -19,7 +19,7 @@ KEY = ("kind", "task", "arm", "labels", "seed", "setting")  # what makes two lin
 BASELINES = (SCRATCH, PLATEAU, INITIAL, "mae")  # that the others are compared with
 TUNED = ("labels", "arm", "seeds", "Dice", "difference to scratch", "better cases, seeds", "difference to its plateau",
          "difference to initial network", "difference to MAE", "classes",
-         "all classes as one", "its difference to scratch")  # fmt: skip
+         "all classes as one", "its difference to scratch", "its difference to initial network")  # fmt: skip
 FEW = 8  # labels at most: what pretraining is for; differences are told for all such numbers together as well
 TOGETHER = ("labels together", "arm", "seeds", "difference to scratch", "better cases, seeds",
             "difference to initial network", "difference to MAE")  # fmt: skip
@@ -175,8 +175,7 @@ def _tuned_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
                     initial[0],
                     mae[0],
                     ", ".join(f"{key}: {value:.2f}" for key, value in classes.items() if value is not None),
-                    _mean_and_spread([_mean_of(run) for run in as_one[arm].values()]) if arm in as_one else "",
-                    _difference(arm, SCRATCH, as_one)[0] if arm in as_one else "",
+                    *_as_one_cells(arm, as_one),
                 )
             )
     return rows
@@ -194,6 +193,13 @@ def _as_one(every: dict[str, dict[int, Line]]) -> dict[str, dict[int, Line]]:
         for arm, runs in every.items()
         if all("foreground" in case for run in runs.values() for case in run["cases"])
     }
+
+
+def _as_one_cells(arm: str, as_one: dict[str, dict[int, Line]]) -> tuple[str, ...]:
+    if arm not in as_one:
+        return "", "", ""
+    means = [_mean_of(run) for run in as_one[arm].values()]
+    return _mean_and_spread(means), *(_difference(arm, base, as_one)[0] for base in (SCRATCH, INITIAL))
 
 
 def _together_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:

@@ -236,12 +236,13 @@ def test_tables_compare_seed_by_seed_and_case_by_case(tmp_path: Path) -> None:
             for case in each["cases"]:
                 case["foreground"] = 0.9 if each["arm"] == "mae" else 0.7 + 0.1 * each["seed"]
     rows = [row.split(" | ") for row in label_results.tables(lines).splitlines() if row.startswith("| 2 ")]
-    assert [row[-2:] for row in rows] == [
-        ["0.750 ± 0.071", " |"],
-        ["0.700", "+0.000 (+0.000 to +0.000) |"],
-        ["0.750 ± 0.071", "+0.000 (+0.000 to +0.000) |"],
-        ["0.900 ± 0.000", "+0.150 (+0.100 to +0.200) |"],
-        ["", " |"],
+    same = "+0.000 (+0.000 to +0.000)"
+    assert [row[-3:] for row in rows] == [
+        ["0.750 ± 0.071", "", f"{same} |"],
+        ["0.700", same, f"{same} |"],
+        ["0.750 ± 0.071", same, " |"],
+        ["0.900 ± 0.000", "+0.150 (+0.100 to +0.200)", "+0.150 (+0.100 to +0.200) |"],
+        ["", "", " |"],
     ]
     label_results.plot(lines, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
