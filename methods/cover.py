@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from ..kernels import pyramid_reach, vector_pyramid, vector_regression_loss, warped_cosine_loss
 from .backbone import Backbone, BackboneConfig
 from .method import Batch, Method
+from .parts.crops import check_channels
 from .parts.monitors import REMEDY, CollapseWatch, EmbeddingMonitor
 from .views import AffineRanges, AppearanceRanges, View, ViewSpec
 
@@ -110,8 +111,7 @@ class Cover(Method):
                 f"method.units: expected one number per backbone level ({backbone.levels}), got {list(config.units)}"
             )
         backbone.check_size(views.crop, "views.crop")
-        if backbone.input_channels != 1:
-            raise ValueError(f"backbone.input_channels: a store has one channel, got {backbone.input_channels}")
+        check_channels(backbone)
         if config.unit_channels < 1 or min(config.units) < 1:
             raise ValueError(
                 f"method.units, method.unit_channels: expected at least 1 each, got {list(config.units)} "

@@ -47,6 +47,7 @@ from .method import Batch, Method
 from .parts import rigid
 from .parts.across_ranks import own_part, rank_and_size
 from .parts.adversary import FORMS, Adversary, PatchCritic
+from .parts.crops import check_channels
 from .parts.instance_discrimination import BarlowTwins, MomentumContrast, SimSiam
 from .parts.monitors import CollapseWatch, EmbeddingMonitor
 from .stages import Stage
@@ -308,8 +309,7 @@ def _check_config(config: DiraConfig) -> None:
 
 
 def _check_views(config: DiraConfig, backbone: BackboneConfig, views: DiraViews) -> None:
-    if backbone.input_channels != 1:
-        raise ValueError(f"backbone.input_channels: a store has one channel, got {backbone.input_channels}")
+    check_channels(backbone)
     sizes = {"views.crop": list(views.crop)}
     sizes |= {f"views.{name}.size": list(v.size) for name, v in (("x1", views.x1), ("x2", views.x2)) if v.size}
     for key, size in sizes.items():

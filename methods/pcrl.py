@@ -44,6 +44,7 @@ from .backbone import Backbone, BackboneConfig
 from .method import Batch, Method
 from .parts import rigid
 from .parts.across_ranks import gather_parts, mean_over_ranks, own_part, rank_and_size
+from .parts.crops import check_channels
 from .parts.feature_bank import FeatureBank
 from .parts.heads import pooled, projector
 from .parts.momentum_twin import MomentumTwin
@@ -388,8 +389,7 @@ def collapsed_contrast(size: int) -> float:
 
 def _check(config: PcrlConfig, backbone: BackboneConfig, views: PcrlViews) -> None:
     backbone.check_size(views.crop, "views.crop")
-    if backbone.input_channels != 1:
-        raise ValueError(f"backbone.input_channels: a store has one channel, got {backbone.input_channels}; take 1")
+    check_channels(backbone)
     for name, view in (("x1", views.x1), ("x2", views.x2)):
         if not view.clean:
             raise ValueError(f"views.{name}.clean: the clean view is what is restored; set it to true")

@@ -38,6 +38,7 @@ from .backbone import Backbone, BackboneConfig
 from .method import Batch, Method
 from .parts.across_ranks import rank_and_size
 from .parts.batch_norm import GlobalBatchNorm
+from .parts.crops import check_channels
 from .parts.heads import Predictor, pooled
 from .parts.monitors import CollapseWatch, EmbeddingMonitor
 from .stages import Stage
@@ -279,8 +280,7 @@ def cosine(one: Tensor, other: Tensor) -> Tensor:
 def _check(config: PcrlV2Config, backbone: BackboneConfig, views: PcrlV2Views) -> None:
     if backbone.skips:
         raise ValueError("backbone.skips: PCRLv2 restores from the bottleneck alone; set it to false")
-    if backbone.input_channels != 1:
-        raise ValueError(f"backbone.input_channels: a store has one channel, got {backbone.input_channels}; take 1")
+    check_channels(backbone)
     backbone.check_size(views.crop, "views.crop")
     if not views.x1.clean:
         raise ValueError("views.x1.clean: the clean view is what is restored; set it to true")

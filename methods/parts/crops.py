@@ -1,9 +1,15 @@
-"""Whether a network can take a view of a certain size."""
+"""Whether a network can take the views of a store, and of a certain size."""
 
 import math
 from collections.abc import Sequence
 
 from ..backbone import BackboneConfig
+
+
+def check_channels(backbone: BackboneConfig) -> None:
+    """Raises: ValueError where the network takes images of several channels."""
+    if backbone.input_channels != 1:
+        raise ValueError(f"backbone.input_channels: a store has one channel, got {backbone.input_channels}; take 1")
 
 
 def check_crop(crop: Sequence[int], backbone: BackboneConfig, shrunk: int = 1, name: str = "views.crop") -> None:
@@ -15,8 +21,7 @@ def check_crop(crop: Sequence[int], backbone: BackboneConfig, shrunk: int = 1, n
         shrunk: how many times smaller along each axis the network sees it at the least.
         name: the setting that says the size.
     """
-    if backbone.input_channels != 1:
-        raise ValueError(f"backbone.input_channels: a store has one channel, got {backbone.input_channels}; take 1")
+    check_channels(backbone)
     small = [size // shrunk if size % shrunk == 0 else 0 for size in crop]
     if shrunk == 1 or len(crop) != backbone.dimensions:
         backbone.check_size(crop, name)

@@ -1,4 +1,4 @@
-"""Of every method: what is said to be untrained is what no loss reaches, whatever terms are active."""
+"""Of every method: untrained is what no loss reaches, whatever terms are active, and images have one channel."""
 
 from typing import Any
 
@@ -112,3 +112,9 @@ def test_what_follows_the_network_begins_anew_with_other_weights(recipe: str) ->
     assert bank.pushed.item() == 0
     for own, theirs in zip(twin.tensors().values(), method.backbone.parameters(), strict=True):
         assert torch.equal(own, theirs)
+
+
+@pytest.mark.parametrize("recipe", TINY)
+def test_a_network_of_several_channels_is_refused(recipe: str) -> None:
+    with pytest.raises(ValueError, match=r"backbone\.input_channels: a store has one channel, got 3; take 1"):
+        made(recipe, "backbone.input_channels=3")
