@@ -24,8 +24,31 @@ from .fit import Fit, examine
 from .source import CLASSES, Source
 
 WEIGHTS, CONFIG, METADATA, README = "models/model.pt", "configs/train.json", "configs/metadata.json", "docs/README.md"
-CARD = "docs/card.json"
-FILES = (WEIGHTS, CONFIG, METADATA, CARD, README)
+CARD, LOGGING = "docs/card.json", "configs/logging.conf"
+FILES = (WEIGHTS, CONFIG, METADATA, LOGGING, CARD, README)
+# MONAI sets Python's logging by it, and warns where a bundle has none.
+TO_STDOUT = """[loggers]
+keys=root
+
+[handlers]
+keys=console
+
+[formatters]
+keys=line
+
+[logger_root]
+level=INFO
+handlers=console
+
+[handler_console]
+class=StreamHandler
+level=INFO
+formatter=line
+args=(sys.stdout,)
+
+[formatter_line]
+format=%(asctime)s - %(name)s - %(levelname)s - %(message)s
+"""
 OURS = "voxtrast"  # the key in the metadata by which a bundle is known as one that may be replaced
 STATE_DICTS = (".pt", ".pth")
 
@@ -72,6 +95,7 @@ def _write_bundle(source: Source, folder: Path, force: bool) -> Exported:
         about = card(source, "monai", weights, fit, use)
         write_json(partial / CONFIG, _training_config(source))
         write_json(partial / METADATA, _metadata(source))
+        write_whole(partial / LOGGING, lambda path: path.write_text(TO_STDOUT, encoding="utf-8"))
         write_json(partial / CARD, about)
         readme = _readme(folder.name, about, fit)
         write_whole(partial / README, lambda path: path.write_text(readme, encoding="utf-8"))

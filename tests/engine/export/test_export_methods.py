@@ -1,6 +1,7 @@
 """Every method's weights through every export, judged by the loaders of nnU-Net, MONAI and safetensors."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,25 @@ def test_monai_opens_the_bundle_by_name_for_any_number_of_classes(tmp_path: Path
     monai.bundle.verify_net_in_out(
         net_id="network_def", meta_file=files["metadata"], config_file=files["train"], device="cpu"
     )  # a forward of the size that the metadata says
+
+
+@pytest.mark.filterwarnings("ignore:parsing config_file")
+def test_a_workflow_of_the_bundle_finds_all_that_monai_looks_for(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_weights(tmp_path, "dira")
+    export(tmp_path, "monai", tmp_path / "bundle")
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        monai.bundle.create_workflow(config_file=str(tmp_path / "bundle" / "configs" / "train.json"))
+        root.info("a line of the workflow's")
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    out, error = capfd.readouterr()
+    assert "does not exist" not in out + error
+    assert out.rstrip().endswith("root - INFO - a line of the workflow's")
 
 
 BACKBONES = {
