@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .errors import UserError
+from .gpus import note_unused_gpus
 from .meeting import LOOKS_S, Meeting, meet, minutes, place
 from .slurm import from_slurm, of_srun
 
@@ -154,6 +155,8 @@ def start_processes(
         os.environ["LOCAL_RANK"] = "0"  # srun shows each task its own GPU
     here = place(os.environ)
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed looks for it there
+    if device == "auto" and not on_gpu and local_rank == 0:
+        note_unused_gpus()
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise UserError(
             f"LOCAL_RANK={local_rank}: torch sees {torch.cuda.device_count()} GPU(s) here; start one rank for each"

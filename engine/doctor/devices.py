@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import psutil
 import torch
 
+from ..gpus import REMEDY, unused_gpus
 from .finding import GOOD, NOTE, Finding
 
 LEAST_MEMORY_GB, LEAST_SHARED_GB = 2.0, 1.0
@@ -33,10 +34,9 @@ def check_devices() -> Iterator[Finding]:
 def _gpus() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-        seen = shutil.which("nvidia-smi") is not None
-        detail = f"none that torch sees; torch is built for {built}; runs go to the CPU with gloo"
-        remedy = "install a CUDA build of torch that fits the driver" if seen else ""
-        yield Finding("devices", "GPU", NOTE if seen else GOOD, detail, remedy)
+        found = unused_gpus()
+        detail = f"{found or f'none that torch sees; torch is built for {built}'}; runs go to the CPU with gloo"
+        yield Finding("devices", "GPU", NOTE if found else GOOD, detail, REMEDY if found else "")
         return
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)

@@ -207,8 +207,9 @@ def finetune(
     _append(folder / RESULTS, line)
     console.print(
         f"{arm}, {labels} labels, seed {seed}: {in_words(line)} on {len(results)} test cases after "
-        f"{line['seconds']:.0f} s; {folder / RESULTS}",
+        f"{line['seconds']:.0f} s; {folder / RESULTS}, {model}",
         highlight=False,
+        soft_wrap=True,  # a path that is broken into lines cannot be copied
     )
     return line
 

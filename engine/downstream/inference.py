@@ -8,6 +8,7 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..gpus import note_unused_gpus
 
 AXES = "dhw"  # toward superior, anterior, right
 OVERLAP = 0.5
@@ -96,6 +97,7 @@ def find_device(name: str) -> torch.device:
     Raises: UserError where it cannot be computed on.
     """
     if name == "auto":
+        note_unused_gpus()
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)

@@ -84,16 +84,18 @@ def adaptation_plan(
 
 
 def plans_snippet(config: BackboneConfig, patch_size: list[int]) -> dict[str, Any]:
-    """A configuration to merge into the target dataset's plans; nnU-Net inherits the rest from its own."""
-    return {
-        "configurations": {
-            f"{config.dimensions}d_voxtrast": {
-                "inherits_from": CONFIGURATION[config.dimensions],
-                "patch_size": list(patch_size),
-                "architecture": architecture_section(config),
-            }
-        }
+    """Configurations to merge into the target dataset's plans; nnU-Net inherits the rest from its own.
+
+    The second is the first under another name: nnU-Net's folder of results is named by the configuration, and the arm
+    from scratch would replace the pretrained one's.
+    """
+    name = f"{config.dimensions}d_voxtrast"
+    pretrained = {
+        "inherits_from": CONFIGURATION[config.dimensions],
+        "patch_size": list(patch_size),
+        "architecture": architecture_section(config),
     }
+    return {"configurations": {name: pretrained, f"{name}_scratch": {"inherits_from": name}}}
 
 
 def write_nnunet(source: Source, file: Path, *, patch_size: list[int] | None = None, force: bool = False) -> Exported:
@@ -119,7 +121,7 @@ def write_nnunet(source: Source, file: Path, *, patch_size: list[int] | None = N
     }
     name = next(iter(snippet["configurations"]))
     use = [
-        f"add the configuration {name!r} of {plans_file.name} to the plans of the dataset, then:",
+        f"add the configurations {name!r} and '{name}_scratch' of {plans_file.name} to the plans of the dataset, then:",
         f"nnUNetv2_train DATASET {name} FOLD -pretrained_weights {file}",
     ]
     write_whole(file, lambda partial: torch.save(content, partial))
@@ -127,7 +129,8 @@ def write_nnunet(source: Source, file: Path, *, patch_size: list[int] | None = N
     write_json(about_file, card(source, "nnunet", file, fit, use))
     lines = [
         f"{file}: {len(weights)} names (aliases included), as nnU-Net builds the network",
-        f"{plans_file}: the configuration {name!r} for the target dataset's plans; patch size {patch} ({patch_source})",
+        f"{plans_file}: the configurations {name!r} and, to compare with, '{name}_scratch' for the target dataset's "
+        f"plans; patch size {patch} ({patch_source})",
         f"{about_file}: where the weights come from",
     ]
     return Exported((file, plans_file, about_file), fit, [*lines, *fit.lines(), "then: " + use[1]])

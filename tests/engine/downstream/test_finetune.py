@@ -1,6 +1,7 @@
 """Fine-tuning end to end on a store of spheres."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from voxtrast.engine.data.store import VOLUMES, Store
+from voxtrast.engine.data.store import VOLUMES, Store, file_sha256
 from voxtrast.engine.downstream.cases import read_case
 from voxtrast.engine.downstream.finetune import finetune
 from voxtrast.engine.downstream.inference import predict_logits
@@ -123,6 +124,17 @@ def test_a_crop_is_rounded_up_and_said(weights: Path, store: Store, capsys) -> N
     line = run(weights, store, steps=1, crop=(10, 16, 20), progress=True)
     assert line["crop"] == [12, 16, 20]
     assert "rounded up to (12, 16, 20)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_model_of_other_settings_gets_a_name_of_its_own_and_the_screen_tells_it(
+    weights: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (run(weights, store, steps=steps, progress=True) for steps in (1, 2))
+    assert Path(first["model"]).name == "pretrained-labels3-seed0.safetensors"
+    assert re.fullmatch(r"pretrained-labels3-seed0-[0-9a-f]{8}\.safetensors", Path(second["model"]).name)
+    assert file_sha256(Path(first["model"])) == first["model_sha256"]
+    ends = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrained, 3 labels, seed 0: ")]
+    assert [line.rpartition(", ")[2] for line in ends] == [first["model"], second["model"]]
 
 
 def test_a_changed_volume_is_refused(weights: Path, store: Store) -> None:

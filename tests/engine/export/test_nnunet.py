@@ -74,6 +74,9 @@ def test_nnunet_builds_the_network_from_the_plans_and_loads_every_key(name: str,
     plans = {"configurations": {"2d" if dimensions == 2 else "3d_fullres": inherited, **snippet["configurations"]}}
     configuration = PlansManager(plans).get_configuration(f"{dimensions}d_voxtrast")
     assert configuration.configuration["data_identifier"] == "nnUNetPlans"
+    scratch = PlansManager(plans).get_configuration(f"{dimensions}d_voxtrast_scratch").configuration
+    name = "inherits_from"
+    assert {**scratch, name: ""} == {**configuration.configuration, name: ""}
     assert all(size % config.stride == 0 for size in configuration.patch_size)
     assert len(configuration.pool_op_kernel_sizes) == config.levels
 
