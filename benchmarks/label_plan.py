@@ -86,9 +86,11 @@ class Job:
 
 def pretraining(plan: Plan, job: Job, transductive: bool) -> str:
     """Checksum of all that decides an arm's weights but code and volumes; the same for all arms that have none."""
-    if job.arm in UNTRAINED:
-        return "none"
     task = plan.tasks[job.task]
+    if job.arm in UNTRAINED:
+        # Of what a plan says of pretraining, the seed alone decides the network that it begins with.
+        seeds = [word for word in plan.words(task, next(iter(task.pretrain))) if word.startswith("seed=")]
+        return _checksum(seeds) if job.arm == INITIAL and seeds else "none"
     seen = [task.data, task.spacing_mm, 0 if transductive else task.test_cases]
     recipe = resources.files("voxtrast.methods") / "recipes" / f"{job.arm}-tiny.yaml"
     return _checksum([job.arm, yaml.safe_load(recipe.read_text(encoding="utf-8")), seen, plan.words(task, job.arm)])

@@ -220,7 +220,7 @@ def report(
         force=force,
         say=lambda line: said.print(line, highlight=False, markup=False, soft_wrap=True),
     )
-    Console().print(f"wrote {output}", highlight=False)
+    Console().print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -74,7 +74,7 @@ class _Demo:
     def __init__(self, output: Path, settings: DemoSettings, fresh: bool) -> None:
         self.output, self.settings = output, settings
         self.raw, self.store, self.pretrained = output / "raw", output / "store", output / "pretrain"
-        self.console = Console(soft_wrap=True, highlight=False)
+        self.console = Console(soft_wrap=True, highlight=False, markup=False)
         self.phases: list[Phase] = []
         self.exports: list[str] = []
         self._open(fresh)
@@ -101,12 +101,18 @@ class _Demo:
 
     def _open(self, fresh: bool) -> None:
         wanted = json.loads(json.dumps(asdict(self.settings)))
+        if self.output.exists() and not self.output.is_dir():
+            raise UserError(f"{self.output}: is a file; name a folder, which the demo makes")
         if fresh and self.output.exists():
             if any(self.output.iterdir()) and not (self.output / STATE).is_file():
                 raise UserError(
                     f"{self.output}: not removed, because no demo made it (no {STATE} in it); name another folder"
                 )
-            shutil.rmtree(self.output)
+            for each in self.output.iterdir():  # not the folder itself: it may be a link to another disk
+                if each.is_dir() and not each.is_symlink():
+                    shutil.rmtree(each)
+                else:
+                    each.unlink()
         self.state: dict[str, Any] = {"settings": wanted, "phases": {}}
         state = self.output / STATE
         if state.is_file():
@@ -152,7 +158,7 @@ class _Demo:
         else:
             said = f"done before, in {before['seconds']:.1f} s"
         self.phases.append(Phase(name, before["seconds"], before["outcome"], earlier=not did))
-        self.console.print(f"[{len(self.phases)}/{count}] {name}: {before['outcome']} ({said})", markup=False)
+        self.console.print(f"[{len(self.phases)}/{count}] {name}: {before['outcome']} ({said})")
 
     def _cases(self) -> tuple[str, bool]:
         wanted = self.settings.cases

@@ -74,6 +74,7 @@ def describe(config: Config, cases: Sequence[Case]) -> dict[str, Any]:
             "voxels": sum(math.prod(case.shape) for case in cases),
             "modalities": dict(sorted(Counter(case.modality for case in cases).items())),
             "index_sha256": config.data_sha256,
+            "validation_fraction": config.validation.fraction,  # of that store: which cases were not trained on
         },
         "version": version("voxtrast"),
         "versions": versions(),

@@ -1,10 +1,12 @@
 """Which labelled cases are trained and tested on, and what they hold.
 
-The test cases depend on the store alone and are those that pretraining holds aside, so that no seed, number of
-labels or arm sees them in training. The training cases are drawn by the seed alone: fewer labels are a part of more.
+The test cases depend on the store alone and are those that pretraining holds aside where its `validation.fraction` is
+the default, so that no seed, number of labels or arm sees them in training. The training cases are drawn by the seed
+alone: fewer labels are a part of more.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from ..config import ValidationConfig
 from ..data.splits import held_aside
-from ..data.store import Case, Store
+from ..data.store import INDEX, Case, Store, file_sha256
 from ..errors import UserError
 
 
@@ -90,6 +92,20 @@ def draw_cases(store: Store, *, labels: int, seed: int, test_cases: int | None =
             f"the classes {absent}, which the store has; raise --labels or take another --seed"
         )
     return Split(train, test, classes)
+
+
+def seen_in_pretraining(description: dict[str, Any], store: Store, test: list[Case]) -> int | None:
+    """How many of the test images the weights were pretrained on; None where their file does not say.
+
+    Args:
+        description: of the weights; it says which store they were pretrained on, and which part of it was held aside.
+    """
+    about = description.get("data", {})
+    fraction = about.get("validation_fraction")
+    if fraction is None or about.get("index_sha256") != file_sha256(store.path / INDEX):
+        return None
+    _, aside = held_aside(store.cases, fraction)
+    return len({case.id for case in test} - {case.id for case in aside})
 
 
 def read_case(store: Store, case: Case, classes: tuple[int, ...]) -> LabelledCase:

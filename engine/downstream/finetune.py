@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import tempfile
 import time
@@ -21,15 +22,24 @@ from ...methods.backbone import BackboneConfig, build_network
 from ..data.store import INDEX, Store, file_sha256
 from ..errors import UserError
 from ..weights import SEGMENTATION, find_weights, first_few, load_into, load_weights
-from .cases import choose_crop, draw_cases, read_case
+from .cases import choose_crop, draw_cases, read_case, seen_in_pretraining
 from .evaluation import evaluate
-from .inference import OVERLAP, check_mirrored, check_overlap, find_device, mirror_axes
+from .inference import (
+    OVERLAP,
+    check_mirrored,
+    check_overlap,
+    find_device,
+    is_out_of_memory,
+    lacking_memory,
+    mirror_axes,
+)
 from .model import save_model
 from .scoring import distances, in_words, summarise
 from .training import Budget, train
 from .tuning import Plan, Tuning, layers_of
 
 RESULTS = "finetune.jsonl"
+MORE_MEMORY = "use a machine with more of it, or a store of fewer classes or a larger --spacing-mm"
 FINETUNE_AUTOCAST = ("none", "bfloat16")
 VERSIONS = ("voxtrast", "torch", "monai", "dynamic-network-architectures")
 
@@ -121,10 +131,20 @@ def finetune(
     check_overlap(overlap)
     axes = mirror_axes(mirror)
     check_mirrored(axes, flips)
-    console = Console(stderr=True, quiet=not progress)
+    console = Console(stderr=True, quiet=not progress, markup=False)
     if crop is not None and tuple(crop) != budget.crop:
         console.print(f"crop {tuple(crop)} rounded up to {budget.crop}: multiples of {config.stride}")
     target = find_device(device)
+    largest = max(math.prod(case.shape) for case in split.test)
+    if lacking := lacking_memory(len(split.classes), largest):
+        raise UserError(f"{data.path}: the logits of a test case: {lacking}; {MORE_MEMORY}")
+    seen = None if from_scratch else seen_in_pretraining(description, data, split.test)
+    if seen:
+        console.print(
+            f"note: pretraining saw the images of {seen} of the {len(split.test)} test cases (validation.fraction="
+            f"{description['data']['validation_fraction']:g}): say so beside the Dice",
+            highlight=False,
+        )
     folder = _writable(Path(output) if output is not None else source.parent / "finetune")
     arm = "scratch" if from_scratch else "pretrained"
 
@@ -147,32 +167,34 @@ def finetune(
         task = bars.add_task(f"train ({arm}, {labels} labels)", total=steps, note="")
         training_cases = [read_case(data, case, split.classes) for case in split.train]
         training_started = time.perf_counter()
-        losses = train(
-            network,
-            training_cases,
-            budget,
-            classes=len(split.classes),
-            seed=seed,
-            device=target,
-            report=lambda step, loss: bars.update(task, completed=step, note=f"loss {loss:.3f}"),
-            plan=plan,
-        )
+        with _out_of_memory_told("lower --batch or --crop, or take --autocast bfloat16"):
+            losses = train(
+                network,
+                training_cases,
+                budget,
+                classes=len(split.classes),
+                seed=seed,
+                device=target,
+                report=lambda step, loss: bars.update(task, completed=step, note=f"loss {loss:.3f}"),
+                plan=plan,
+            )
         training_seconds = time.perf_counter() - training_started
         run = {"arm": arm, "labels": labels, "seed": seed}
         settings = [file_sha256(source), file_sha256(data.path / INDEX), asdict(budget), asdict(tuning)]
         model = save_model(folder, network, data, split.classes, budget, description, run, settings)
         task_test = bars.add_task("test", total=len(split.test), note="")
-        results = evaluate(
-            network,
-            (read_case(data, case, split.classes) for case in split.test),
-            classes=split.classes,
-            crop=budget.crop,
-            device=target,
-            report=lambda case: bars.advance(task_test),
-            overlap=overlap,
-            mirror=axes,
-            surface=surface,
-        )
+        with _out_of_memory_told(f"the model is in {model}; {MORE_MEMORY}"):
+            results = evaluate(
+                network,
+                (read_case(data, case, split.classes) for case in split.test),
+                classes=split.classes,
+                crop=budget.crop,
+                device=target,
+                report=lambda case: bars.advance(task_test),
+                overlap=overlap,
+                mirror=axes,
+                surface=surface,
+            )
 
     line = {
         **run,
@@ -195,6 +217,7 @@ def finetune(
         "method": description.get("method"),
         "recipe": description.get("recipe"),
         "pretraining_steps": description.get("step"),
+        "test_cases_pretrained_on": seen,
         "backbone": config.to_dict(),
         "store": str(store),
         "store_sha256": file_sha256(data.path / INDEX),
@@ -263,6 +286,16 @@ def _append(path: Path, line: dict[str, Any]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); free space or name another folder") from error
+
+
+@contextmanager
+def _out_of_memory_told(advice: str) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"memory ran out ({str(error).splitlines()[0]}); {advice}") from error
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 
+import psutil
 import torch
 from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
@@ -51,6 +52,21 @@ def predict_logits(
         )
     assert isinstance(logits, Tensor)
     return logits[0]
+
+
+def lacking_memory(classes: int, voxels: int, copies: int = 1) -> str | None:
+    """What is lacking, in words, where float32 logits of a whole volume do not fit into the memory that is free."""
+    needed = 4 * copies * classes * voxels
+    available = psutil.virtual_memory().available
+    if needed <= available:
+        return None
+    what = f"{classes} classes of {voxels / 1e6:.0f} million voxels take {needed / 1e9:.0f} GB of memory"
+    return f"{what}, {available / 1e9:.0f} GB are free"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of torch: OutOfMemoryError on a GPU, RuntimeError of its allocator on the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _mirrored(network: nn.Module, axes: tuple[int, ...]) -> Callable[[Tensor], Tensor]:

@@ -104,7 +104,8 @@ class OutputFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(f"{self.path}: another `voxtrast predict` writes into it; wait for its end") from None
-            for file in (*self._replaced, self.path / REJECTED, *self.path.glob(".*.partial.*")):
+            scores = [self.path / SCORES] if self._replaced else []  # of the labels that go
+            for file in (*self._replaced, *scores, self.path / REJECTED, *self.path.glob(".*.partial.*")):
                 file.unlink(missing_ok=True)
             yield
 

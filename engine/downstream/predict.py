@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from rich.console import Console
 
@@ -28,15 +27,25 @@ from ..data.resampling import isotropic_grid
 from ..data.store import VOLUMES, StoreWriteError, file_sha256, write_rejected
 from ..data.workers import Job, WorkerPool
 from ..errors import UserError
-from .inference import AXES, OVERLAP, check_mirrored, check_overlap, find_device, mirror_axes, predict_logits
+from .inference import (
+    AXES,
+    OVERLAP,
+    check_mirrored,
+    check_overlap,
+    find_device,
+    is_out_of_memory,
+    lacking_memory,
+    mirror_axes,
+    predict_logits,
+)
 from .labelled import SCORES, find_labels, score_files, write_scores
 from .model import SegmentationModel, find_model, load_model
 from .original_grid import most_probable
 from .output_folder import OutputFolder
 from .scoring import distances, in_words, summarise
 
-MORE_MEMORY = "use a machine with more of it, or a model of a coarser store"
 LOGIT_COPIES = 2  # the sum of the windows, and what is made of it
+MORE_MEMORY = "use a machine with more of it, or a model of a coarser store"
 WRITTEN_AS = {".nii": ".nii.gz", ".nhdr": ".nrrd", ".mhd": ".mha"}  # in one file, compressed; else as the image
 
 
@@ -112,7 +121,7 @@ def predict(
     }
     folder_of_labels = OutputFolder(output, settings, files, {source.id: source for source in sources}, force)
     present = folder_of_labels.present
-    console = Console(stderr=True, quiet=not progress)
+    console = Console(stderr=True, quiet=not progress, markup=False)
     wanted = [source for source in sources if source.id not in present]
     predicted: set[str] = set()
     kind = np.uint8 if max(loaded.classes) <= 255 else np.uint16
@@ -147,8 +156,9 @@ def predict(
                 reject(str(label), error)  # the whole path: its name may be the image's
     scores: dict[str, Any] = {}
     with _own_disk(output):
-        if results:
+        if labels is not None:
             write_scores(output / SCORES, results)
+        if results:
             scores = {"dice": summarise(results), **(distances(results) if surface else {})}
         if rejected:
             write_rejected(output, rejected)
@@ -211,13 +221,8 @@ def _segment(
 ) -> np.ndarray:
     """(D, H, W) class indices on the file's grid. Raises: RejectedError where memory does not suffice."""
     values = torch.from_numpy(image.values)[None]
-    needed = 4 * LOGIT_COPIES * len(model.classes) * image.values.size
-    available = psutil.virtual_memory().available
-    if needed > available:
-        reason = (
-            f"{len(model.classes)} classes of {image.values.size / 1e6:.0f} million voxels take {needed / 1e9:.0f} GB"
-        )
-        raise RejectedError(f"{reason} of memory, {available / 1e9:.0f} GB are free", MORE_MEMORY)
+    if lacking := lacking_memory(len(model.classes), image.values.size, LOGIT_COPIES):
+        raise RejectedError(lacking, MORE_MEMORY)
     try:
         scores = predict_logits(
             model.network, values, model.crop, image.background, device, overlap=overlap, mirror=mirror
@@ -227,8 +232,8 @@ def _segment(
         scores.div_(scores.sum(dim=0, keepdim=True))
         grid = isotropic_grid(image.shape, image.spacing_mm, image.store_spacing_mm)
         return most_probable(scores.numpy(), image.shape, grid)
-    except (MemoryError, RuntimeError) as error:  # of torch: OutOfMemoryError on a GPU, RuntimeError of its allocator
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise RejectedError(f"memory ran out ({str(error).splitlines()[0]})", MORE_MEMORY) from error
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UserError
@@ -77,7 +78,7 @@ def read_lines(paths: Iterable[Path | str]) -> list[dict[str, Any]]:
         for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             try:
                 line = json.loads(text)
-                _key(line)
+                _key(line), _words(line)
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{path}, line {number}: not a run of `voxtrast finetune` ({error!r}); remove the line"
@@ -96,11 +97,17 @@ def label_table(lines: list[dict[str, Any]], *, seed: int = 0) -> list[Row]:
     last: dict[tuple[str, int, str, int], dict[str, Any]] = {}
     for line in lines:
         last[_key(line)] = line
+    words: dict[str, str] = {}
+    for line in lines:
+        words.setdefault(setting_of(line), _words(line))
     groups: dict[tuple[str, int, str], dict[int, dict[str, Any]]] = {}
     for (setting, labels, arm, run_seed), line in last.items():
         groups.setdefault((setting, labels, arm), {})[run_seed] = line
-    order = sorted(groups, key=lambda group: (group[0], group[1], group[2] != "scratch", group[2]))
-    return [_row(group, groups[group], groups.get((*group[:2], "scratch"), {}), seed) for group in order]
+    order = sorted(groups, key=lambda group: (words[group[0]], group[1], group[2] != "scratch", group[2]))
+    return [
+        _row((words[group[0]], *group[1:]), groups[group], groups.get((*group[:2], "scratch"), {}), seed)
+        for group in order
+    ]
 
 
 def to_markdown(rows: list[Row]) -> str:
@@ -117,12 +124,12 @@ def to_rich(rows: list[Row]) -> list[Table]:
     """The same tables for the terminal."""
     tables = []
     for setting in dict.fromkeys(row.setting for row in rows):
-        table = Table(title=setting)
+        table = Table(title=escape(setting))
         headings, cells = _columns([row for row in rows if row.setting == setting])
         for heading in headings:
             table.add_column(heading)
         for each in cells:
-            table.add_row(*each)
+            table.add_row(*map(escape, each))
         tables.append(table)
     return tables
 
@@ -185,36 +192,48 @@ def _row(
     )
 
 
-def _key(line: dict[str, Any]) -> tuple[str, int, str, int]:
-    """What makes two lines the same run."""
-    backbone = line["backbone"]
-    features = "-".join(str(number) for number in backbone["features"])
-    # The settings in words, then a checksum of everything that must be equal.
+def setting_of(line: dict[str, Any]) -> str:
+    """A checksum of all that must be equal in runs that are compared."""
+    # Skips are left out of pretraining alone: what is fine-tuned has them.
+    network = {name: value for name, value in line["backbone"].items() if name != "skips"}
+    values = [network if name == "backbone" else line[name] for name in SETTINGS]
     cases = sorted(case["case"] for case in line["cases"])
-    values = [line[name] for name in SETTINGS]
-    later = {name: line[name] for name, before in LATER_SETTINGS.items() if line.get(name, before) != before}
+    later = _later(line)
     exact = json.dumps([values, cases, *([later] if later else [])], sort_keys=True)
+    return hashlib.sha256(exact.encode()).hexdigest()[:8]
+
+
+def _later(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: line[name] for name, before in LATER_SETTINGS.items() if line.get(name, before) != before}
+
+
+def _words(line: dict[str, Any]) -> str:
+    """The setting of a line."""
+    backbone, later = line["backbone"], _later(line)
+    features = "-".join(str(number) for number in backbone["features"])
     told = "".join(
         [f", {later['autocast']}" if "autocast" in later else "",
          f", overlap {later['overlap']:g}" if "overlap" in later else "",
          f", mirrored {','.join(AXES[axis] for axis in later['mirror'])}" if "mirror" in later else ""]
     )  # fmt: skip
-    setting = (
-        f"{Path(line['store']).name}: {len(cases)} test cases, {backbone['architecture']} {features}, "
+    return (
+        f"{Path(line['store']).name}: {len(line['cases'])} test cases, {backbone['architecture']} {features}, "
         f"{line['steps']} steps of {line['batch']} crops {'x'.join(map(str, line['crop']))}, "
-        f"learning rate {line['learning_rate']:g}{told} (setting {_checksum(exact)})"
+        f"learning rate {line['learning_rate']:g}{told} (setting {setting_of(line)})"
     )
+
+
+def _key(line: dict[str, Any]) -> tuple[str, int, str, int]:
+    """What makes two lines the same run: setting, labels, arm and seed."""
     arm = "scratch"
     if line["arm"] == "pretrained":
         arm = f"pretrained, {line['recipe'] or line['method']} {line['weights_sha256'][:8]}"
         for item in fields(Tuning):
             if line.get(item.name, item.default) != item.default:
                 arm += f", {item.name.replace('_', ' ')} {line[item.name]}"
-    return setting, int(line["labels"]), arm, int(line["seed"])
-
-
-def _checksum(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+        if line.get("test_cases_pretrained_on"):
+            arm += ", pretrained on test images"
+    return setting_of(line), int(line["labels"]), arm, int(line["seed"])
 
 
 def _columns(rows: list[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

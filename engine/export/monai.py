@@ -82,6 +82,7 @@ def _write_state_dict(source: Source, file: Path, force: bool) -> Exported:
 
 
 def _write_bundle(source: Source, folder: Path, force: bool) -> Exported:
+    folder = folder.resolve() if folder.name in ("", "..") else folder  # a bundle is known by its folder's name
     _refuse_folder(folder, force)
     state = source.network.state_dict()
     fit = _fit(source, state)

@@ -16,8 +16,9 @@ from ...kernels import warp
 from ...methods import Method
 from ...methods.views import ViewSpec
 from ..data.store import Case, Store
-from ..downstream.inference import predict_logits
+from ..downstream.inference import OVERLAP, lacking_memory, predict_logits
 from ..downstream.model import load_model
+from ..downstream.table import setting_of
 from ..errors import UserError
 from ..runs import LoadedRun, build_method
 from ..validation_views import validation_views
@@ -235,8 +236,8 @@ class Segmentation:
 
 
 def segmentations(lines: Sequence[Line]) -> Segmentation:
-    """What the saved models of the arms make of the first test case: of the runs that most arms have, fewest labels and
-    first seed.
+    """What the saved models of the arms make of the first test case: of the setting, labels and seed that most arms
+    have, fewest labels and first seed; of an arm's runs there, the last.
 
     Args:
         lines: of finetune.jsonl.
@@ -245,7 +246,7 @@ def segmentations(lines: Sequence[Line]) -> Segmentation:
     """
     runs: dict[tuple[int, int, str], dict[str, Line]] = {}
     for line in lines:
-        runs.setdefault((line["labels"], line["seed"], line["store"]), {})[line["arm"]] = line
+        runs.setdefault((line["labels"], line["seed"], setting_of(line)), {})[line["arm"]] = line
     same = runs[min(runs, key=lambda key: (-len(runs[key]), *key))]
     chosen = next(iter(same.values()))
     store = Store(Path(chosen["store"]))
@@ -259,7 +260,13 @@ def segmentations(lines: Sequence[Line]) -> Segmentation:
         model = load_model(Path(same[arm]["model"]))
         background = case.intensity["background"]
         whole = torch.from_numpy(image)[None]
-        logits = predict_logits(model.network, whole, model.crop, background, torch.device("cpu"))
+        if lacking := lacking_memory(len(model.classes), image.size):
+            raise UserError(f"{name}: {lacking}")
+        look: dict[str, Any] = {
+            "overlap": same[arm].get("overlap", OVERLAP),
+            "mirror": tuple(same[arm].get("mirror", ())),
+        }
+        logits = predict_logits(model.network, whole, model.crop, background, torch.device("cpu"), **look)
         predictions[arm] = numpy.asarray(model.classes)[_numpy(logits.argmax(dim=0))]
     return Segmentation(
         name, frame_of(case.affine, case.spacing_mm), image, numpy.asarray(store.label(case)), predictions

@@ -228,9 +228,9 @@ def draw_segmentations(
         for row, plane in enumerate(planes):
             for axes in grid[row]:
                 show(axes, plane.cut(image), plane, frame, cmap="gray", letters=axes is grid[row][0], **_window(image))
-            show(grid[row][1], plane.cut(truth), plane, frame, letters=False, **painted)
+            show(grid[row][1], _numbered(plane.cut(truth)), plane, frame, letters=False, **painted)
             for number, predicted in enumerate(predictions.values()):
-                show(grid[row][2 + 2 * number], plane.cut(predicted), plane, frame, letters=False, **painted)
+                show(grid[row][2 + 2 * number], _numbered(plane.cut(predicted)), plane, frame, letters=False, **painted)
                 wrong = (plane.cut(predicted) != plane.cut(truth)).astype(float)
                 show(grid[row][3 + 2 * number], wrong, plane, frame, cmap="gray", vmin=0, vmax=1, letters=False)
             for column, axes in enumerate(grid[row]):
@@ -242,6 +242,11 @@ def draw_segmentations(
             axes.set_title(title)
         _label_legend(figure, [truth], class_names)
         return Picture(draw(figure))
+
+
+def _numbered(label: Volume) -> Volume:
+    """Label values -> numbers of their colours, from 1, as outlines and legend count them; 0 stays."""
+    return numpy.where(label > 0, (label.astype(numpy.int64) - 1) % len(LABEL_COLOURS) + 1, 0)
 
 
 def _arrows(axes: Any, pair: MatchedPair, plane: Plane, every: int = 5) -> None:

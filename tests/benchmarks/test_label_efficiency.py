@@ -127,6 +127,14 @@ def test_a_result_counts_for_what_was_set_when_it_was_made(bench: Bench) -> None
     assert setting(plan, scratch, True) == setting(plan, scratch, False)
 
 
+def test_the_initial_network_is_of_the_seed_that_pretraining_has(bench: Bench) -> None:
+    initial, scratch = (Job("finetune", "made", arm, 1, 0) for arm in (INITIAL, SCRATCH))
+    assert setting(bench.plan, initial, False) == setting(bench.plan, scratch, False)
+    other = replace(bench.plan, pretrain=[*bench.plan.pretrain, "seed=1"])
+    assert setting(other, initial, False) != setting(bench.plan, initial, False)
+    assert setting(other, scratch, False) == setting(bench.plan, scratch, False)
+
+
 def test_what_has_its_line_is_not_run_again_and_what_fails_takes_what_needs_it_along(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -164,6 +164,21 @@ def test_the_whole_demo_and_a_second_call_that_does_nothing_again(
         run_demo(output, settings=replace(SMALL, labels=2))
 
 
+def test_a_file_is_refused_and_a_link_to_another_disk_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo._Demo, "run", lambda self: self.output)
+    (tmp_path / "report.html").write_text("a page")
+    with pytest.raises(UserError, match=r"report\.html: is a file; name a folder"):
+        run_demo(tmp_path / "report.html")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    run_demo(tmp_path / "link")
+    (tmp_path / "disk" / "old").touch()
+    run_demo(tmp_path / "link", fresh=True)
+    assert [file.name for file in (tmp_path / "disk").iterdir()] == [demo.STATE]
+
+
 def test_a_folder_of_somebody_else_is_neither_used_nor_removed(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     for fresh in (False, True):

@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from voxtrast.engine.data.store import Store
 from voxtrast.engine.downstream.finetune import finetune
 from voxtrast.engine.errors import UserError
 from voxtrast.engine.report import Phase, Story, write_report
+from voxtrast.engine.reporting import evidence
 from voxtrast.engine.reporting.evidence import FeatureMap, match_pairs, principal_colours, read_log, segmentations
 from voxtrast.engine.reporting.planes import frame_of, planes_through
 from voxtrast.engine.runs import build_method, describe, load_run
@@ -167,11 +169,25 @@ def test_models_are_those_of_the_run_that_most_arms_have_and_must_fit(run: Path,
     alone = {**lines[0], "seed": -1}  # an earlier seed, of one arm
     found = segmentations([alone, *lines])
     assert set(found.predictions) == {line["arm"] for line in lines} == {"pretrained", "scratch"}
+    by_arm = {line["arm"]: line for line in lines}
+    broken_model = str(tmp_path / "of another budget")  # no pair of scratch's
+    longer = {**by_arm["pretrained"], "steps": 3, "model": broken_model}
+    assert set(segmentations([*lines, longer]).predictions) == set(by_arm)
     tensors, description = load_weights(Path(lines[0]["model"]))
     broken = tmp_path / "broken.safetensors"
     save_weights(broken, {name: each for name, each in tensors.items() if "seg_layers" not in name}, description)
     with pytest.raises(UserError, match=r"broken.safetensors: .*seg_layers"):
         segmentations([{**lines[0], "model": str(broken)}])
+
+
+def test_a_segmentation_is_looked_at_as_it_was_scored(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (run / "finetune" / "finetune.jsonl").read_text(encoding="utf-8")
+    lines = [{**json.loads(line), "overlap": 0.75, "mirror": [0, 2]} for line in text.splitlines()]
+    asked: list[dict[str, Any]] = []
+    real = evidence.predict_logits
+    monkeypatch.setattr(evidence, "predict_logits", lambda *args, **kept: (asked.append(kept), real(*args, **kept))[1])
+    segmentations(lines)
+    assert asked == [{"overlap": 0.75, "mirror": (0, 2)}] * 2
 
 
 def test_page_tells_the_story(page: Path) -> None:

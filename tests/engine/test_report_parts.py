@@ -5,15 +5,17 @@ import io
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.colors import ListedColormap, Normalize, to_rgba
 from PIL import Image
 from report_reader import read_page
 from test_report import make_run, without_store
 
 from voxtrast.engine import report, reporting
-from voxtrast.engine.reporting import curves, page
+from voxtrast.engine.reporting import curves, page, volumes
 from voxtrast.engine.reporting.evidence import read_log
 from voxtrast.engine.reporting.planes import frame_of
 from voxtrast.engine.reporting.slices import MOST_SLICES, Tile, leaf_through
@@ -158,3 +160,25 @@ def test_without_matplotlib_words_and_numbers_are_left(
 def test_no_two_sections_have_one_name() -> None:
     text = page.render("title", "", [page.Section("A b", []), page.Section("a-b", []), page.Section("Ä", [])])
     assert re.findall(r'<h2 id="([^"]+)"', text) == ["a-b", "a-b-2", "section"]
+
+
+def test_every_class_has_the_colour_that_the_legend_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[np.ndarray, dict[str, Any]]] = []
+    real = volumes.show
+
+    def show(axes: Any, values: np.ndarray, *places: Any, **options: Any) -> None:
+        shown.append((values, options))
+        real(axes, values, *places, **options)
+
+    monkeypatch.setattr(volumes, "show", show)
+    values = np.array([0, 1, 8, 9, 14, 200], np.int16)
+    label = np.broadcast_to(values, (6, 6, 6))
+    image, frame = label.astype(np.float32), frame_of(RAS, (4.0, 3.0, 2.0))
+    volumes.draw_segmentations("case", frame, image, label, {"arm": label}, {})
+    painted = [each for each in shown if isinstance(each[1].get("cmap"), ListedColormap)]
+    assert len(painted) == 4  # truth and prediction, in two planes
+    palette = volumes.LABEL_COLOURS
+    wanted = {(0, 0, 0, 0)} | {to_rgba(palette[(value - 1) % len(palette)]) for value in values[1:]}
+    for cut, options in painted:
+        colours = options["cmap"](Normalize(options["vmin"], options["vmax"])(cut))
+        assert {tuple(each) for each in colours.reshape(-1, 4)} == wanted

@@ -4,12 +4,15 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
-from voxtrast.engine.data.store import VOLUMES, Store, file_sha256
+from voxtrast.engine.data.store import INDEX, VOLUMES, Store, file_sha256
+from voxtrast.engine.downstream import finetune as module
 from voxtrast.engine.downstream.cases import read_case
 from voxtrast.engine.downstream.finetune import finetune
 from voxtrast.engine.downstream.inference import predict_logits
@@ -135,6 +138,50 @@ def test_a_model_of_other_settings_gets_a_name_of_its_own_and_the_screen_tells_i
     assert file_sha256(Path(first["model"])) == first["model_sha256"]
     ends = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrained, 3 labels, seed 0: ")]
     assert [line.rpartition(", ")[2] for line in ends] == [first["model"], second["model"]]
+
+
+def test_test_images_that_pretraining_saw_are_told(
+    weights: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, about = load_weights(weights)
+    index = file_sha256(store.path / INDEX)
+    for data, seen in (
+        ({"index_sha256": index, "validation_fraction": 0.2}, 0),
+        ({"index_sha256": index, "validation_fraction": 0.0}, 1),
+        ({"index_sha256": "another", "validation_fraction": 0.0}, None),
+        ({"index_sha256": index}, None),  # weights of before
+    ):
+        save_weights(weights, tensors, {**about, "data": data})
+        line = run(weights, store, steps=1, progress=True)
+        assert line["test_cases_pretrained_on"] == seen
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("pretraining saw the images of 1 of the 1 test cases" in said) == bool(seen)
+    assert run(weights, store, steps=1, from_scratch=True)["test_cases_pretrained_on"] is None
+
+
+def test_a_test_that_memory_cannot_hold_is_refused_before_training(
+    weights: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
+    with pytest.raises(UserError, match=r"3 classes of 0 million voxels take 0 GB of memory, 0 GB are free; use a"):
+        run(weights, store)
+    assert not list((weights.parent / "finetune").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("where", "advice"), [("train", "lower --batch or --crop"), ("evaluate", r"the model is in .*safetensors; use a")]
+)
+def test_memory_that_runs_out_is_told_with_what_to_change(
+    where: str, advice: str, weights: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nmore")
+
+    monkeypatch.setattr(module, where, run_out)
+    with pytest.raises(UserError, match=rf"memory ran out \(CUDA out of memory.*GiB\.\); {advice}"):
+        run(weights, store, steps=1)
+    assert len(list((weights.parent / "finetune").glob("*.safetensors"))) == (where == "evaluate")
+    assert not (weights.parent / "finetune" / "finetune.jsonl").exists()
 
 
 def test_a_changed_volume_is_refused(weights: Path, store: Store) -> None:

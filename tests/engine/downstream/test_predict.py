@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import SimpleITK as sitk
 import torch
@@ -217,13 +218,34 @@ def test_scores_of_before_stay_where_no_labels_are_given(thresholds: Path, tmp_p
     assert (out / "scores.csv").read_text(encoding="utf-8") == scores
 
 
+def test_scores_of_replaced_labels_go_with_them(thresholds: Path, tmp_path: Path) -> None:
+    raw, out, labels = tmp_path / "raw", tmp_path / "out", tmp_path / "labels"
+    write(raw, "a.nii.gz")
+    write(labels, "a_label.nii.gz")
+    assert run(thresholds, raw, out, labels=labels).scored == 1
+    run(thresholds, raw, out, force=True)
+    assert not (out / "scores.csv").exists()
+    run(thresholds, raw, out, labels=labels)
+    assert len((out / "scores.csv").read_text(encoding="utf-8").splitlines()) == 3
+    (labels / "a_label.nii.gz").write_text("damaged")
+    assert run(thresholds, raw, out, labels=labels).scored == 0
+    assert len((out / "scores.csv").read_text(encoding="utf-8").splitlines()) == 1
+
+
+def test_a_name_in_brackets_is_no_markup(thresholds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "raw", "a.nii.gz")
+    (tmp_path / "raw" / "scan[t1].nii.gz").write_text("damaged")
+    run(thresholds, tmp_path / "raw", tmp_path / "out", progress=True)
+    assert "rejected: scan[t1].nii.gz: " in capsys.readouterr().err
+
+
 def test_an_image_whose_classes_do_not_fit_into_memory_costs_itself_alone(
     thresholds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw, out = tmp_path / "raw", tmp_path / "out"
     write(raw, "a.nii.gz", "b.nii.gz")
     free = iter([10, 10**12])
-    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=next(free)))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=next(free)))
     summary = run(thresholds, raw, out)
     assert (summary.predicted, len(summary.rejected)) == (1, 1)
     assert "GB of memory" in summary.rejected[0].reason

@@ -93,6 +93,33 @@ def test_only_comparable_runs_share_a_table_and_a_repetition_counts_once() -> No
     assert [row.dice for row in rows if row.arm == "scratch"] == [0.3]
 
 
+def test_runs_of_one_network_and_store_are_compared_whatever_pretraining_and_folder_were() -> None:
+    scratch = line("scratch", 0, [0.5])
+    # PCRLv2 leaves the skips out, of the pretraining alone; a store goes by more than one name.
+    other = line("pretrained", 0, [0.6], backbone=BackboneConfig(skips=False).to_dict(), store=".")
+    rows = label_table([scratch, other])
+    assert [row.setting for row in rows] == [rows[0].setting] * 2
+    assert rows[0].setting.startswith("spheres: 1 test cases")
+    assert rows[1].difference is not None
+
+
+def test_an_arm_whose_pretraining_saw_the_test_images_is_told_apart() -> None:
+    seen = line("pretrained", 0, [0.9], test_cases_pretrained_on=1)
+    rows = label_table([line("pretrained", 0, [0.5], test_cases_pretrained_on=0), seen])
+    assert [row.arm for row in rows] == [
+        "pretrained, cover-3d abcdef01",
+        "pretrained, cover-3d abcdef01, pretrained on test images",
+    ]
+
+
+def test_names_in_brackets_are_no_markup() -> None:
+    (table,) = to_rich(label_table([line("scratch", 0, [0.5], store="/data/store[v2]")]))
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(table)
+    assert "store[v2]" in shown.get()
+
+
 def test_scratch_serves_every_pretrained_network_of_its_shape() -> None:
     rows = label_table(
         [line("scratch", 0, [0.5]), line("pretrained", 0, [0.6]), line("pretrained", 0, [0.4], weights_sha256="other")]

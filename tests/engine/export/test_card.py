@@ -44,6 +44,7 @@ def test_the_card_says_where_the_weights_come_from_and_names_no_path(
         "voxels": 6 * 40**3,
         "modalities": {"mr": 6},
         "index_sha256": file_sha256(tiny_store / INDEX),
+        "validation_fraction": 0.2,
     }
     assert said["versions"]["torch"] == torch.__version__
     assert card["sha256"] == file_sha256(file)

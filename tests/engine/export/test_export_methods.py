@@ -26,8 +26,7 @@ NAMES = {"nnunet": "w.pth", "monai": "w.pt", "safetensors": "w.safetensors", "en
 
 
 def network_of_plans(plans: Path) -> torch.nn.Module:
-    [configuration] = json.loads(plans.read_text(encoding="utf-8"))["configurations"].values()
-    architecture = configuration["architecture"]
+    architecture = json.loads(plans.read_text(encoding="utf-8"))["configurations"]["3d_voxtrast"]["architecture"]
     kwargs, imported = architecture["arch_kwargs"], architecture["_kw_requires_import"]
     return get_network_from_plans(architecture["network_class_name"], kwargs, imported, 1, 5, True, True)
 
@@ -231,6 +230,15 @@ def test_nothing_is_replaced_without_force(to: str, tmp_path: Path) -> None:
         target.unlink()
         with pytest.raises(UserError, match="exists already"):
             export(tmp_path / "run", form, target)
+
+
+def test_a_bundle_goes_into_the_folder_that_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_weights(tmp_path / "run", "pcl")
+    (tmp_path / "spine").mkdir()
+    monkeypatch.chdir(tmp_path / "spine")
+    done = export(tmp_path / "run", "monai", Path())
+    assert (tmp_path / "spine" / "models" / "model.pt").is_file()
+    assert done.lines[-1].startswith('then: network = monai.bundle.load("spine", ')
 
 
 def test_what_was_added_to_a_bundle_stays_when_it_is_replaced(tmp_path: Path) -> None:
